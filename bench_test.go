@@ -1,0 +1,148 @@
+//go:build unix
+
+package main
+
+// bench_test.go measures the whole worker beside the least that anybody could do: a bare loop that starts the same
+// command at the same concurrency, with its own process group, captured output and a data file. Both are measured in
+// turns, in one run, since machines differ and change.
+
+import (
+	"bytes"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+)
+
+const benchData = `{"text":"` + "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef" + `"}`
+
+// rawLoop runs `true` n times, so many at once.
+func rawLoop(b *testing.B, dir string, n, concurrency int) time.Duration {
+	b.Helper()
+	path, err := exec.LookPath("true")
+	if err != nil {
+		b.Fatal(err)
+	}
+	began := time.Now()
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range concurrency {
+		wg.Add(1)
+		go func() { // ends when n are done
+			defer wg.Done()
+			for {
+				i := next.Add(1)
+				if i > int64(n) {
+					return
+				}
+				file := filepath.Join(dir, fmt.Sprintf("raw-%d.json", i))
+				if err := os.WriteFile(file, []byte(benchData), 0o600); err != nil {
+					b.Error(err)
+					return
+				}
+				var out, errOut bytes.Buffer
+				cmd := exec.Command(path)
+				cmd.Stdout, cmd.Stderr = &out, &errOut
+				cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+				if err := cmd.Run(); err != nil {
+					b.Error(err)
+					return
+				}
+				os.Remove(file)
+			}
+		}()
+	}
+	wg.Wait()
+	return time.Since(began)
+}
+
+// createAll creates n tasks by so many clients and gives how long that took.
+func (a *agent) createAll(b *testing.B, event string, n, clients int) time.Duration {
+	b.Helper()
+	body := fmt.Sprintf(`{"event":%q,"form_body":%s}`, event, benchData)
+	transport := &http.Transport{MaxIdleConnsPerHost: clients}
+	defer transport.CloseIdleConnections()
+	client := &http.Client{Transport: transport}
+	began := time.Now()
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range clients {
+		wg.Add(1)
+		go func() { // ends when n are done
+			defer wg.Done()
+			for next.Add(1) <= int64(n) {
+				resp, err := client.Post(a.url+"/job/create", "application/json", strings.NewReader(body))
+				if err != nil {
+					b.Error(err)
+					return
+				}
+				if resp.Body.Close(); resp.StatusCode != 200 {
+					b.Errorf("create = %d", resp.StatusCode)
+					return
+				}
+			}
+		}()
+	}
+	wg.Wait()
+	return time.Since(began)
+}
+
+func (a *agent) finished() int { return a.health().Jobs["finish"] }
+
+// BenchmarkTrue is tasks per second through create → finished on the embedded queue, and its ratio to the raw loop.
+func BenchmarkTrue(b *testing.B) {
+	for _, concurrency := range []int{1, 8} {
+		b.Run(fmt.Sprintf("concurrency=%d", concurrency), func(b *testing.B) {
+			const tasks, rounds = 400, 5
+			a := newAgent(b, fmt.Sprintf("concurrency: %d\njobs:\n  - {event: nothing, cmd: 'true'}\n", concurrency))
+			a.env = []string{"LOG_LEVEL=WARN"}
+			a.launch()
+			waitFor(b, 10*time.Second, func() string { return strings.TrimPrefix("ok", a.health().Status) })
+			dir := b.TempDir()
+			for range b.N {
+				var raw, ours, ratios []float64
+				for range rounds {
+					rawRate := tasks / rawLoop(b, dir, tasks, concurrency).Seconds()
+					before := a.finished()
+					began := time.Now()
+					a.createAll(b, "nothing", tasks, 8)
+					waitFor(b, time.Minute, func() string {
+						if done := a.finished() - before; done < tasks {
+							return fmt.Sprintf("%d of %d tasks finished", done, tasks)
+						}
+						return ""
+					})
+					rate := tasks / time.Since(began).Seconds()
+					raw, ours, ratios = append(raw, rawRate), append(ours, rate), append(ratios, rate/rawRate)
+				}
+				b.ReportMetric(median(raw), "raw/s")
+				b.ReportMetric(median(ours), "tasks/s")
+				b.ReportMetric(median(ratios), "ratio")
+			}
+		})
+	}
+}
+
+// BenchmarkCreate is creates per second with 64 clients, while nothing is started.
+func BenchmarkCreate(b *testing.B) {
+	a := newAgent(b, "take_when: {disk_free: 1000000GiB}\njobs:\n  - {event: nothing, cmd: 'true'}\n")
+	a.env = []string{"LOG_LEVEL=ERROR"}
+	a.start()
+	waitFor(b, 10*time.Second, func() string { return strings.TrimPrefix("degraded", string(a.health().Status)) })
+	b.ResetTimer()
+	took := a.createAll(b, "nothing", b.N, 64)
+	b.ReportMetric(float64(b.N)/took.Seconds(), "creates/s")
+}
+
+func median(values []float64) float64 {
+	sorted := slices.Sorted(slices.Values(values))
+	return sorted[len(sorted)/2]
+}

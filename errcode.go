@@ -1,0 +1,292 @@
+package main
+
+// errcode.go is the one home of the error codes: each stands here once, with when it occurs and what to do about it,
+// and is raised at one place, so that a code in a log leads to one line of the source. The codes never change meaning
+// (PROTOCOL section 12). It also owns the error type that carries a code; who raises which is the other files' affair.
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+)
+
+// An errCode is what a user searches for in the README.
+type errCode string
+
+// Processes.
+const (
+	// A task's command could not be started. Check that the program exists, may be executed and is on the PATH.
+	codeExec errCode = "ERR-303509T3200"
+	// The worker process died or could not be started; it is started again. Look at the lines before it in the log.
+	codeChild errCode = "ERR-60350903200"
+)
+
+// Worker.
+const (
+	// A message on a job's subject is no task: not JSON, too large, with an id that cannot name a file, or with an unknown
+	// action. It is acknowledged and never run. Mend whoever sent it.
+	codeMessage errCode = "ERR-26112300901"
+	// A job's subject could not be consumed. The worker ends and is started again; look at the broker's own message.
+	codeConsume errCode = "ERR-26112300902"
+	// A task was started max_deliveries times and took its worker down each time. It ends with error; find out what the
+	// command does to the host before it is sent again.
+	codeGivenUp errCode = "ERR-26112300903"
+	// The job's folder holds a file with the name of the task's data file that is not the task's. Nothing is overwritten;
+	// use task ids that are no names of your files, such as UUIDs.
+	codeDataFile errCode = "ERR-26112300904"
+	// A task's data file could not be written. Check that working_dir exists, may be written to and has room.
+	codeDataFileWrite errCode = "ERR-26112300905"
+	// A task was created while the worker was not ready yet. Try again in a moment; /health says what it waits for.
+	codeCreateEarly errCode = "ERR-26112300906"
+	// A task was created for a job that this worker does not have. Check event and app_id against the configuration.
+	codeCreateUnknown errCode = "ERR-26112300907"
+	// A task was created with data that is not JSON or is larger than a message may be (16 MiB). Put large data in a file
+	// or a store, and its place in the task.
+	codeCreateBody errCode = "ERR-26112300908"
+	// A created task could not be made safe: the journal cannot be written or the broker is away. It was not accepted;
+	// try again when /health is ok.
+	codeCreatePublish errCode = "ERR-26112300909"
+	// The task to terminate is not known here.
+	codeTerminateUnknown errCode = "ERR-26112300910"
+	// The task to terminate has ended already.
+	codeTerminateEnded errCode = "ERR-26112300911"
+)
+
+// The processes around the worker.
+const (
+	// The REST API's port could not be opened. Another program holds it, or the address is not this host's: change listen.
+	codeListen errCode = "ERR-26112300801"
+	// The open port could not be kept for the worker process. The system is out of descriptors.
+	codeSocket errCode = "ERR-26112300802"
+	// A child process was started with --supervised and without a parent that talks to it. Leave the flag out.
+	codeLifeline errCode = "ERR-26112300803"
+	// The REST API stopped by itself. The worker ends and is started again.
+	codeServe errCode = "ERR-26112300804"
+	// run was asked for an event that the configuration does not have.
+	codeRunEvent errCode = "ERR-26112300805"
+	// run could not make a folder for its task. Check the folder for temporary files ($TMPDIR).
+	codeRunFolder errCode = "ERR-26112300806"
+)
+
+// Command templates.
+const (
+	// A job's cmd is not a template that can be run: a tag or a quote is not closed, a section not ended, a partial is
+	// named, or nothing is left of it. Correct cmd in the configuration.
+	codeTemplate errCode = "ERR-26112300301"
+	// A value stands where its text would be read as code, such as inside $(…) or in the script of sh -c. Move the tag,
+	// or pass the value as an argument: sh -c '… "$1"' sh {{name}}.
+	codeTemplatePlace errCode = "ERR-26112300302"
+	// The data of a task lacks a variable that the command names. Send it, or put the tag into a section: {{#name}}…{{/name}}.
+	codeTemplateMissing errCode = "ERR-26112300303"
+	// The data of a task cannot fill a command: it is no JSON, or makes a command longer than any system can start.
+	codeTemplateData errCode = "ERR-26112300304"
+)
+
+// Journal.
+const (
+	// The journal in data_dir could not be opened or read. Check that the folder belongs to the worker's user and that
+	// the disk is sound.
+	codeJournalOpen errCode = "ERR-26112300201"
+	// Another worker has this data_dir open. Let it end, or give this one a data_dir of its own.
+	codeJournalBusy errCode = "ERR-26112300202"
+	// The journal was written by a newer version of job_item; nothing in it was changed. Run that version again, or
+	// give this one another data_dir.
+	codeJournalVersion errCode = "ERR-26112300203"
+	// The journal could not be written, so no task is accepted until it can. Free some space in data_dir, or look for
+	// a failing disk; the worker tries again every second.
+	codeJournalWrite errCode = "ERR-26112300204"
+	// A task's data could not be read back from the journal. Look for a failing disk, and create the task again.
+	codeJournalRead errCode = "ERR-26112300205"
+	// The journal was asked for something that does not fit the task: it does not hold it, holds it already, or its
+	// data is too large. A task of over 16 MiB has to be made smaller; anything else is a defect worth reporting.
+	codeJournalTask errCode = "ERR-26112300206"
+)
+
+// Configuration.
+const (
+	// The configuration file could not be read, or is larger than 1 MiB. Check the path and who may read it.
+	codeConfigFile errCode = "ERR-26112300101"
+	// The configuration is not valid. Each line of the message names a place, its key and what would be right.
+	codeConfig errCode = "ERR-26112300102"
+)
+
+// Processes of a dead worker.
+const (
+	// What a crashed worker's task had left running could not be ended. Look at the named processes: they wait for a
+	// dead disk or network share, or belong to another user. End them by hand; until then the task does not run again.
+	codeStaleGroup errCode = "ERR-26112300401"
+)
+
+// Task records.
+const (
+	// The records in data_dir could not be opened at start. Check that the folder may be read and written.
+	codeRecordsOpen errCode = "ERR-26112300601"
+	// Records, logs or notifications could not be written; tasks go on, and what is missing is marked. Usually the disk
+	// is full or read-only. Logged once, and once more when writing works again.
+	codeRecordWrite errCode = "ERR-26112300602"
+	// A record, log or file of a task could not be read back. Look at the cause; other records are not affected.
+	codeRecordRead errCode = "ERR-26112300603"
+	// No task of that id is known here: never created, or older than retain allows.
+	codeRecordUnknown errCode = "ERR-26112300604"
+	// Not a task id: 1 to 128 of A-Z a-z 0-9 . _ -, no dot first.
+	codeRecordTaskID errCode = "ERR-26112300605"
+	// The result that was handed in is not JSON.
+	codeRecordResult errCode = "ERR-26112300606"
+	// A result or file is too large, or the task has too many: 16 MiB a result, 1 GiB and 100 files a task.
+	codeRecordTooLarge errCode = "ERR-26112300607"
+	// An uploaded file has a name that cannot be kept everywhere: a path, a leading dot, control or reserved characters.
+	codeRecordFileName errCode = "ERR-26112300608"
+	// An uploaded file could not be stored, or its sender broke off. Check the room on the disk of data_dir.
+	codeRecordFile errCode = "ERR-26112300609"
+	// The task has left no such file, or its data was not kept.
+	codeRecordNotKept errCode = "ERR-26112300610"
+	// A finished task's record could not be put into words; a defect, please report it.
+	codeRecordEncode errCode = "ERR-26112300611"
+	// A task's result or data could not be written. Check the room on the disk of data_dir.
+	codeRecordFolder errCode = "ERR-26112300612"
+)
+
+// REST API.
+const (
+	// The REST API could not be served on its address any more. The worker restarts it; look at the cause.
+	codeHTTPServe errCode = "ERR-26112300501"
+	// The server listens on a loopback address and the request's Host header names something else. Call it as localhost
+	// or 127.0.0.1; through a proxy, let that set the Host header so.
+	codeHTTPHost errCode = "ERR-26112300502"
+	// A web page of another origin called the server through a browser on this host.
+	codeHTTPOrigin errCode = "ERR-26112300503"
+	// The body's Content-Type is not what the call takes: application/json, or multipart/form-data for files.
+	codeHTTPContentType errCode = "ERR-26112300504"
+	// The key is missing or wrong. Send Authorization: Bearer <secret_key>.
+	codeHTTPKey errCode = "ERR-26112300505"
+	// The server listens on more than loopback and has no key, so it serves /health only. Configure a key, or listen on
+	// 127.0.0.1.
+	codeHTTPNoKey errCode = "ERR-26112300506"
+	// There is nothing at this path.
+	codeHTTPPath errCode = "ERR-26112300507"
+	// The path exists, but not with this method; the Allow header says with which.
+	codeHTTPMethod errCode = "ERR-26112300508"
+	// The request is malformed; the message says where.
+	codeHTTPBadRequest errCode = "ERR-26112300509"
+	// The body, or a message, result or file in it, is larger than the call takes.
+	codeHTTPTooLarge errCode = "ERR-26112300510"
+	// The body did not come in time.
+	codeHTTPBodySlow errCode = "ERR-26112300511"
+	// No job of this worker has that event. Look at jobs: in its configuration.
+	codeHTTPEvent errCode = "ERR-26112300512"
+	// The task has ended, so it cannot be terminated.
+	codeHTTPEnded errCode = "ERR-26112300513"
+	// The worker cannot take a job just now: starting, broker away, or the journal cannot be written. Try again.
+	codeHTTPAway errCode = "ERR-26112300514"
+	// Something failed inside the worker; its log has the cause.
+	codeHTTPInternal errCode = "ERR-26112300515"
+	// With end_point set, results and files are the Job Manager's. Use JOB_MANAGER_RESULT_URL and JOB_MANAGER_UPLOAD_FILE.
+	codeHTTPNotOurs errCode = "ERR-26112300516"
+	// Too many events or logs are being read at once: 64 and 256. Close some readers.
+	codeHTTPReaders errCode = "ERR-26112300517"
+	// A file of a task could not be read.
+	codeHTTPFile errCode = "ERR-26112300518"
+)
+
+// Commands inside jobs and for people.
+const (
+	// A variable that the worker sets for a job is missing. Run the command inside a job, or set it as the hint shows.
+	codeTaskVariables errCode = "ERR-26112300701"
+	// A task id is not one. Use 1 to 128 of A-Z a-z 0-9 . _ -, not starting with a dot.
+	codeTaskID errCode = "ERR-26112300702"
+	// The URL in a variable of the job is not an absolute http or https URL. Correct the variable.
+	codeTaskURL errCode = "ERR-26112300703"
+	// save could not deliver a message; it and all later ones are lost, the copied output is complete. The text says
+	// what the receiver answered, or that it did not for 30 s: check JOB_ITEM_MSG_NOTIF_HOST and the worker's log.
+	codeSend errCode = "ERR-26112300704"
+	// save could not read its input to the end, or not write to its output (a full disk). What was read has been sent.
+	codeCopy errCode = "ERR-26112300705"
+	// The command after `save --` could not be started. Check that the program exists, may be executed and is on the PATH.
+	codeSaveCommand errCode = "ERR-26112300706"
+	// A command was given the wrong arguments. See job_item help.
+	codeUsage errCode = "ERR-26112300707"
+	// The data for a new task is not a JSON object. Correct --data.
+	codeClientData errCode = "ERR-26112300708"
+	// The JSON given as file or stdin could not be read, or is larger than 16 MiB.
+	codeClientRead errCode = "ERR-26112300709"
+	// Neither --url nor JOB_ITEM_BASE_URL is given and the configuration cannot be loaded. Name one of them.
+	codeNoWorkerURL errCode = "ERR-26112300710"
+	// The worker's URL is not an absolute http or https URL. Correct --url, JOB_ITEM_BASE_URL or listen.
+	codeWorkerURL errCode = "ERR-26112300711"
+	// No worker answers at its URL. Start it, or say with --url where it listens.
+	codeUnreachable errCode = "ERR-26112300712"
+	// The worker refused a request and gave no code of its own. The text says why.
+	codeRefused errCode = "ERR-26112300713"
+	// Something answers at the worker's URL, but not as a worker does. Check the URL.
+	codeStrangeReply errCode = "ERR-26112300714"
+	// Only a task that has ended can be replayed. Wait for its end, or create a new one.
+	codeNotEnded errCode = "ERR-26112300715"
+	// The data of the task to be replayed is no longer kept (retain). Create the task anew with its data.
+	codeDataGone errCode = "ERR-26112300716"
+	// The output of a task that is waited for could not be written. The task goes on; its log is kept by the worker.
+	codeWaitOutput errCode = "ERR-26112300717"
+	// A file could not be uploaded. The text says what the receiver answered, or why the file could not be read.
+	codeUpload errCode = "ERR-26112300718"
+	// The result is not JSON. Correct it.
+	codeResultData errCode = "ERR-26112300719"
+	// The result could not be sent. The text says what the receiver answered.
+	codeResult errCode = "ERR-26112300720"
+)
+
+// A codedError is an error with its code: what was being done to what, why it failed, and perhaps what would help.
+type codedError struct {
+	code errCode
+	op   string
+	err  error
+	hint string // one line for people, printed below the error; may be empty
+}
+
+// fail wraps err with its code and with what was being done when it occurred ("open config \"x.yaml\"").
+// A nil err is allowed where op says it all.
+func fail(code errCode, op string, err error) error {
+	return &codedError{code: code, op: op, err: err}
+}
+
+// failHint is fail with a line that tells a person what to do.
+func failHint(code errCode, op string, err error, hint string) error {
+	return &codedError{code: code, op: op, err: err, hint: hint}
+}
+
+func (e *codedError) Error() string {
+	if e.err == nil {
+		return e.op
+	}
+	return e.op + ": " + e.err.Error()
+}
+
+func (e *codedError) Unwrap() error { return e.err }
+
+// codeOf gives the outermost code in err's chain, "" if there is none.
+func codeOf(err error) errCode {
+	var coded *codedError
+	if errors.As(err, &coded) {
+		return coded.code
+	}
+	return ""
+}
+
+// hintOf gives the outermost hint in err's chain.
+func hintOf(err error) string {
+	var coded *codedError
+	for errors.As(err, &coded) {
+		if coded.hint != "" {
+			return coded.hint
+		}
+		err = coded.err
+	}
+	return ""
+}
+
+// errAttrs is an error as log attributes: the text and, when it has one, the code. slog asks only the outermost value
+// for a LogValue, so a wrapped code would vanish without it.
+func errAttrs(err error) slog.Attr {
+	if code := codeOf(err); code != "" {
+		return slog.Group("", slog.String("err", err.Error()), slog.String("code", string(code)))
+	}
+	return slog.Group("", slog.String("err", fmt.Sprint(err)))
+}

@@ -1,0 +1,42 @@
+package main
+
+// exec_linux.go is what only Linux offers for running commands.
+
+import (
+	"fmt"
+	"syscall"
+	"unsafe"
+)
+
+// dieWithStarter has the process killed when the thread that starts it ends, and reports whether the system can.
+func dieWithStarter(attr *syscall.SysProcAttr) bool {
+	attr.Pdeathsig = syscall.SIGKILL
+	return true
+}
+
+// awaitExit returns true when a child has ended and leaves it to be waited for: until then its number stays its own.
+func awaitExit(pid int) bool {
+	const (
+		idIsPID = 1          // P_PID
+		exited  = 0x00000004 // WEXITED
+		noWait  = 0x01000000 // WNOWAIT
+	)
+	var info [128]byte // siginfo_t
+	for {
+		_, _, errno := syscall.Syscall6(syscall.SYS_WAITID,
+			idIsPID, uintptr(pid), uintptr(unsafe.Pointer(&info)), exited|noWait, 0, 0)
+		if errno != syscall.EINTR {
+			return errno == 0
+		}
+	}
+}
+
+// groupMembers describes the processes of a group that are alive. known is false where /proc cannot be read.
+func groupMembers(pgid int) (members []string, known bool) {
+	known = eachProcess(func(p procStat) {
+		if p.pgrp == pgid && !p.dead() {
+			members = append(members, fmt.Sprintf("%d (%q, state %c)", p.pid, p.name, p.state))
+		}
+	})
+	return members, known
+}

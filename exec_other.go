@@ -1,0 +1,15 @@
+//go:build unix && !linux
+
+package main
+
+// exec_other.go says what Unix systems besides Linux cannot do for commands.
+
+import "syscall"
+
+// dieWithStarter: a command outlives a worker that is killed, and is found by its journal entry.
+func dieWithStarter(*syscall.SysProcAttr) bool { return false }
+
+// awaitExit: false, the process has to be waited for without notice.
+func awaitExit(int) bool { return false }
+
+func groupMembers(int) (members []string, known bool) { return nil, false }

@@ -1,0 +1,136 @@
+package main
+
+// exec_output.go carries a command's output from its pipes to the output callback: in few calls, soon, in order, and
+// with one buffer per stream however much there is.
+
+import (
+	"errors"
+	"os"
+	"sync"
+	"time"
+	"unicode/utf8"
+)
+
+const (
+	// outputGather is how long the first bytes of a chunk wait for more, so that a chatty command makes few calls.
+	outputGather = 50 * time.Millisecond
+	// outputSilence without data from a process outside the group means that no more is to be expected from it.
+	outputSilence = 100 * time.Millisecond
+	// outputStragglers is how long such a process is listened to at most.
+	outputStragglers = time.Second
+)
+
+// An outputReader reads one stream of a command.
+type outputReader struct {
+	stream outputStream
+	pipe   *os.File
+	done   chan struct{} // closed when everything has been handed over
+
+	waits bool // whether the pipe's reads can be given a deadline
+
+	mu       sync.Mutex // guards what follows and the pipe's deadline
+	deadline time.Time  // set on the pipe; zero: none
+	groupEnd time.Time  // when the group was gone; zero while it lives
+}
+
+func newOutputReader(stream outputStream, pipe *os.File) *outputReader {
+	return &outputReader{stream: stream, pipe: pipe, done: make(chan struct{}), waits: pipe.SetReadDeadline(time.Time{}) == nil}
+}
+
+// copy hands over the stream until its end. When the group is gone but something outside it keeps the pipe open, the
+// end is reached once everything that was in the pipe has been read and no more follows, or follows for too long.
+func (r *outputReader) copy(shared *spawner, output func(outputStream, []byte)) {
+	defer close(r.done)
+	defer r.pipe.Close()
+	buffer := shared.buffer()
+	defer shared.putBuffer(buffer)
+	buf := *buffer
+
+	held := 0            // bytes of buf that have not been handed over
+	var gather time.Time // until when the chunk waits for more; zero: it has not begun
+	caughtUp := false    // whether all that was written while the group lived has been read
+	for {
+		groupEnd := r.setDeadline(gather)
+		space := len(buf) - held
+		n, err := r.pipe.Read(buf[held:])
+		timedOut := errors.Is(err, os.ErrDeadlineExceeded)
+		if timedOut && !groupEnd.IsZero() {
+			// The deadline may have passed before the system was asked at all, on a busy machine: ask it once more.
+			if n = readReady(r.pipe, buf[held:]); n > 0 {
+				timedOut, err = false, nil
+			}
+		}
+		held += n
+		if n > 0 && gather.IsZero() {
+			gather = time.Now().Add(outputGather)
+		}
+
+		end := err != nil && !timedOut
+		if !groupEnd.IsZero() {
+			caughtUp = caughtUp || n < space
+			end = end || timedOut || caughtUp && time.Since(groupEnd) > outputStragglers
+		}
+		if !end && !timedOut && held < len(buf) && r.waits {
+			continue
+		}
+		whole := held
+		if !end {
+			whole -= cutCharacter(buf[:held])
+		}
+		if whole > 0 {
+			output(r.stream, buf[:whole])
+		}
+		if end {
+			return
+		}
+		held = copy(buf, buf[whole:held])
+		gather = time.Time{}
+	}
+}
+
+// setDeadline prepares the next read: until gather while the group lives, for a short silence when it is gone.
+func (r *outputReader) setDeadline(gather time.Time) (groupEnd time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.waits {
+		return r.groupEnd
+	}
+	if !r.groupEnd.IsZero() {
+		r.pipe.SetReadDeadline(time.Now().Add(outputSilence))
+	} else if !gather.Equal(r.deadline) {
+		r.deadline = gather
+		r.pipe.SetReadDeadline(gather)
+	}
+	return r.groupEnd
+}
+
+// finish tells the reader that the group is gone. It does not wait.
+func (r *outputReader) finish() {
+	select {
+	case <-r.done:
+		return
+	default:
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.groupEnd = time.Now()
+	if r.waits {
+		r.pipe.SetReadDeadline(r.groupEnd.Add(outputSilence))
+	} else {
+		time.AfterFunc(outputStragglers, func() { r.pipe.Close() })
+	}
+}
+
+// cutCharacter counts the bytes at the end of data that begin a UTF-8 character without completing it.
+func cutCharacter(data []byte) int {
+	for n := 1; n < utf8.UTFMax && n <= len(data); n++ {
+		tail := data[len(data)-n:]
+		if utf8.RuneStart(tail[0]) {
+			if utf8.FullRune(tail) {
+				return 0
+			}
+			return n
+		}
+	}
+	return 0
+}

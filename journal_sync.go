@@ -1,0 +1,257 @@
+package main
+
+// journal_sync.go owns what makes the journal durable: the one goroutine that syncs, for all callers that wait at
+// once, and what happens when the disk refuses.
+
+import (
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+// A syncBatch is everything that one sync makes durable, and those who wait for it.
+type syncBatch struct {
+	done     chan struct{}
+	err      error    // once done is closed
+	accepted []string // tasks to be forgotten if it fails
+}
+
+func (b *syncBatch) wait() error {
+	<-b.done
+	return b.err
+}
+
+// joinBatch gives the batch that the next sync settles. It needs mu.
+func (j *journal) joinBatch() *syncBatch {
+	if j.batch == nil {
+		j.batch = &syncBatch{done: make(chan struct{})}
+		select {
+		case j.wake <- struct{}{}:
+		default: // it is awake
+		}
+	}
+	return j.batch
+}
+
+// syncLoop ends, after a last sync, when quit is closed.
+func (j *journal) syncLoop() {
+	for {
+		idle := false
+		select {
+		case <-j.wake:
+		case <-j.lazy.C:
+			idle = true // under load, syncs for those who wait push this ahead of them
+		case <-j.retry.C:
+			j.recover()
+			continue
+		case <-j.quit:
+			j.sync()
+			return
+		}
+		if j.sync() != nil {
+			j.recover()
+		} else {
+			j.considerCompaction(idle)
+		}
+	}
+}
+
+// considerCompaction wakes compactLoop if there is something for it to do.
+func (j *journal) considerCompaction(idle bool) {
+	if j.worthCompacting(idle) {
+		select {
+		case j.compact <- idle:
+		default:
+		}
+	}
+}
+
+// sync makes durable all that has been written until now. Only syncLoop calls it.
+func (j *journal) sync() error {
+	j.mu.Lock()
+	batch, segments, folder := j.batch, j.unsynced, j.folderDirty
+	j.batch, j.unsynced, j.folderDirty = nil, nil, false
+	for _, s := range segments {
+		s.dirty = false
+	}
+	j.mu.Unlock()
+
+	begun := time.Now()
+	var err error
+	for _, s := range segments {
+		if err == nil {
+			err = s.file.Sync()
+		}
+	}
+	if folder && err == nil {
+		err = syncFolder(j.dir)
+	}
+
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if err != nil {
+		j.distrust(segments, err)
+		j.folderDirty = folder
+	} else if len(segments) > 0 {
+		j.counts.Syncs++
+		j.counts.LastSyncAt, j.counts.LastSyncTook = time.Now(), time.Since(begun)
+		for _, s := range segments {
+			if s != j.tail() && !s.dirty {
+				s.file.Close()
+				s.file = nil
+			}
+		}
+	}
+	if batch != nil {
+		j.settle(batch, err)
+	}
+	return err
+}
+
+// settle tells those who wait how the sync went. It needs mu.
+func (j *journal) settle(batch *syncBatch, err error) {
+	if err != nil {
+		batch.err = j.fault
+		for _, id := range batch.accepted {
+			j.drop(id)
+			j.cancelled = append(j.cancelled, id)
+		}
+	}
+	close(batch.done)
+}
+
+// distrust is for a failed sync: the operating system may have thrown away what was written since the last good one,
+// and the next sync of the same file would not say so. Nothing more goes there, and recover writes anew what these
+// segments hold. It needs mu.
+func (j *journal) distrust(segments []*segment, err error) {
+	j.failed("sync", err)
+	j.tail().suspect = true
+	for _, s := range append(segments, j.unsynced...) {
+		s.suspect, s.dirty = true, false
+	}
+	j.unsynced = nil
+	if j.batch != nil { // written while the sync ran
+		j.settle(j.batch, err)
+		j.batch = nil
+	}
+}
+
+// recover tries to get over a fault; if it cannot, the timer brings us here again. Only syncLoop calls it.
+func (j *journal) recover() {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.tail().suspect {
+		if err := j.replaceTail(); err != nil {
+			j.failed("repair", err)
+			j.retry.Reset(syncDelay)
+			return
+		}
+	}
+	if !j.reserved {
+		if err := j.fillReserve(); err != nil {
+			j.failed("reserve space for", err)
+			j.retry.Reset(syncDelay)
+			return
+		}
+	}
+	j.fault = nil
+}
+
+// replaceTail begins a new segment with everything that only suspect ones hold, and syncs it. It needs mu.
+func (j *journal) replaceTail() error {
+	s, err := j.newSegment()
+	if err != nil {
+		return err
+	}
+	moved := map[string]recordPlace{}
+	write := func(frame []byte) (place recordPlace, err error) {
+		placeFrame(frame, s.salt, s.size)
+		if _, err = s.file.WriteAt(frame, s.size); err == nil {
+			place = recordPlace{s, s.size, uint32(len(frame) - frameHeaderBytes)}
+			s.size += int64(len(frame))
+		}
+		return place, err
+	}
+	for _, id := range j.cancelled {
+		if err == nil {
+			_, err = write(idFrame(recordReleased, id))
+		}
+	}
+	if len(j.outcomes.ring) > 0 && err == nil {
+		_, err = write(j.outcomes.frame())
+	}
+	for id, t := range j.tasks {
+		if t.run == nil && !t.place.segment.suspect || err != nil {
+			continue
+		}
+		if frame, damaged := t.frameToMove(); damaged == nil {
+			moved[id], err = write(frame)
+		}
+	}
+	if err == nil {
+		err = s.file.Sync()
+	}
+	if err == nil {
+		err = syncFolder(j.dir)
+	}
+	if err != nil {
+		s.file.Close()
+		os.Remove(s.path)
+		return err
+	}
+
+	for _, old := range j.segments {
+		if old.suspect {
+			old.file.Close()
+			old.file, old.suspect = nil, false
+		}
+	}
+	j.segments = append(j.segments, s)
+	for id, place := range moved {
+		j.move(id, place)
+		if run := j.tasks[id].run; run != nil {
+			run.unsynced = false
+		}
+	}
+	j.cancelled = nil
+	return nil
+}
+
+func (j *journal) reservePath() string { return filepath.Join(j.dir, "reserve") }
+
+// fillReserve makes sure that the reserve is there, on disk. It needs mu.
+func (j *journal) fillReserve() error {
+	if info, err := os.Stat(j.reservePath()); err == nil && info.Size() == j.sizes.reserve {
+		j.reserved = true
+		return nil
+	}
+	noise := make([]byte, j.sizes.reserve) // zeros would take no room where files are compressed
+	rand.NewChaCha8([32]byte{}).Read(noise)
+	f, err := os.OpenFile(j.reservePath(), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(noise)
+	if err == nil {
+		err = f.Sync()
+	}
+	if closeErr := f.Close(); err == nil {
+		err = closeErr
+	}
+	if err != nil {
+		os.Remove(j.reservePath())
+		return err
+	}
+	j.reserved = true
+	return nil
+}
+
+// dropReserve gives the reserved room back; false if it is gone already. It needs mu.
+func (j *journal) dropReserve() bool {
+	if !j.reserved {
+		return false
+	}
+	j.reserved = false
+	return os.Remove(j.reservePath()) == nil
+}

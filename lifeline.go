@@ -1,0 +1,59 @@
+package main
+
+// lifeline.go is the language between parent and child: JSON lines, down the child's stdin and up its stdout. The end
+// of stdin means that the parent is gone. Unknown fields are ignored, since an update runs a child under a parent of
+// the version before.
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+)
+
+// maxLifelineBytes bounds one line; a configuration is the largest.
+const maxLifelineBytes = 4 << 20
+
+// An order is what the parent tells its child.
+type order struct {
+	Config   *Config `json:"config,omitempty"`   // the first order carries it
+	Listener bool    `json:"listener,omitempty"` // descriptor 3 is the listening socket
+	Drain    bool    `json:"drain,omitempty"`    // stop gracefully
+	Kill     bool    `json:"kill,omitempty"`     // stop at once
+}
+
+// A notice is what a child tells its parent.
+type notice struct {
+	Ready bool `json:"ready,omitempty"` // it does its work
+}
+
+// writeLine sends an order or a notice.
+func writeLine(w io.Writer, message any) error {
+	line, err := json.Marshal(message)
+	if err != nil {
+		return err
+	}
+	_, err = w.Write(append(line, '\n'))
+	return err
+}
+
+// lineReader reads what writeLine wrote.
+type lineReader struct{ scanner *bufio.Scanner }
+
+func newLineReader(r io.Reader) lineReader {
+	scanner := bufio.NewScanner(r)
+	scanner.Buffer(nil, maxLifelineBytes)
+	return lineReader{scanner}
+}
+
+// next fills message from the next line; io.EOF when the other end is gone.
+func (r lineReader) next(message any) error {
+	if !r.scanner.Scan() {
+		return errors.Join(r.scanner.Err(), io.EOF)
+	}
+	if err := json.Unmarshal(r.scanner.Bytes(), message); err != nil {
+		return fmt.Errorf("read line of the other process: %w", err)
+	}
+	return nil
+}

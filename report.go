@@ -1,0 +1,197 @@
+package main
+
+// report.go tells the outside what becomes of the tasks: it turns events into messages on their subjects (PROTOCOL
+// section 4) and sends them one after another, in the order in which they occurred, across outages of the broker. It
+// knows nothing of commands.
+
+import (
+	"context"
+	"encoding/json"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+)
+
+const (
+	// maxUnsentBytes bounds the output that waits to be sent. Beyond it a command that prints is slowed down.
+	maxUnsentBytes = 4 << 20
+
+	maxBatch       = 64 // messages sent before the broker is asked whether it has them
+	minReportPause = 100 * time.Millisecond
+	maxReportPause = 5 * time.Second
+)
+
+// A reporter is a subscriber of the event bus with one sender.
+type reporter struct {
+	broker Broker
+	hostID string
+	log    *slog.Logger
+
+	// settled is called when a task's _finish has been taken by the broker.
+	settled func(taskID string)
+
+	mu     sync.Mutex // guards what follows
+	room   sync.Cond  // unsent bytes have become fewer
+	unsent []outgoing
+	bytes  int
+	closed bool
+
+	wake chan struct{} // something is unsent
+	done chan struct{} // closed when the sender has ended
+	quit context.CancelFunc
+}
+
+// An outgoing message waits to be sent; the last one of a task settles it.
+type outgoing struct {
+	Message
+	settles string // task id, or ""
+}
+
+func newReporter(broker Broker, hostID string, log *slog.Logger, settled func(taskID string)) *reporter {
+	ctx, quit := context.WithCancel(context.Background())
+	r := &reporter{
+		broker: broker, hostID: hostID, log: log, settled: settled,
+		wake: make(chan struct{}, 1), done: make(chan struct{}), quit: quit,
+	}
+	r.room.L = &r.mu
+	go r.send(ctx) // ends on close
+	return r
+}
+
+// handle subscribes to the event bus. It blocks while too much output is unsent.
+func (r *reporter) handle(e event) {
+	switch e := e.(type) {
+	case taskStarted:
+		if e.Taken {
+			r.enqueue(e.TaskID+"_who", []byte(r.hostID), "")
+		}
+	case taskOutput:
+		r.mu.Lock()
+		for r.bytes > maxUnsentBytes && !r.closed {
+			r.room.Wait()
+		}
+		r.mu.Unlock()
+		r.enqueue(e.TaskID+"_process", append([]byte(nil), e.Data...), "")
+	case taskNotified:
+		data, err := json.Marshal(map[string]string{
+			"msg": e.Msg, "created_at": e.At.Format(time.RFC3339Nano), "status": "process",
+		})
+		if err == nil { // strings always marshal
+			r.enqueue(e.TaskID+".notif_add", data, "")
+		}
+	case taskFinished:
+		if e.Status != statusFinish {
+			r.enqueue(e.TaskID+"_failed", []byte(e.Error), "")
+		}
+		r.enqueue(e.TaskID+"_finish", []byte(e.Status), e.TaskID)
+	}
+}
+
+// enqueue lets a message wait to be sent; settles is the task that it settles, if any.
+func (r *reporter) enqueue(subject string, data []byte, settles string) {
+	r.mu.Lock()
+	r.unsent = append(r.unsent, outgoing{Message{subject, data}, settles})
+	r.bytes += len(data)
+	r.mu.Unlock()
+	r.wakeUp()
+}
+
+func (r *reporter) wakeUp() {
+	select {
+	case r.wake <- struct{}{}:
+	default: // it is awake
+	}
+}
+
+// send is the sender: it takes what is unsent, a batch at a time, and sends it in order until the broker has it.
+func (r *reporter) send(ctx context.Context) {
+	defer close(r.done)
+	for {
+		r.mu.Lock()
+		batch := r.unsent
+		r.unsent = nil
+		ended := r.closed
+		r.mu.Unlock()
+		for len(batch) > 0 {
+			next := batch[:min(len(batch), maxBatch)]
+			if !r.deliver(ctx, next) {
+				return
+			}
+			batch = batch[len(next):]
+		}
+		if r.idle() {
+			if ended {
+				return
+			}
+			select {
+			case <-r.wake:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}
+}
+
+func (r *reporter) idle() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.unsent) == 0
+}
+
+// deliver sends a batch, what has not arrived again and again with jittered pauses of up to 5 s. It is false when ctx
+// ended before.
+func (r *reporter) deliver(ctx context.Context, batch []outgoing) bool {
+	pause := minReportPause
+	for {
+		messages := make([]Message, len(batch))
+		for i, m := range batch {
+			messages[i] = m.Message
+		}
+		sent, err := r.broker.Publish(ctx, messages...)
+		r.arrived(batch[:sent])
+		if batch = batch[sent:]; len(batch) == 0 {
+			return true
+		}
+		if sent > 0 {
+			pause = minReportPause
+		}
+		r.log.Debug("event not sent yet", errAttrs(err), "subject", batch[0].Subject)
+		select {
+		case <-time.After(pause/2 + rand.N(pause/2)):
+		case <-ctx.Done():
+			return false
+		}
+		pause = min(2*pause, maxReportPause)
+	}
+}
+
+// arrived settles the tasks whose last message the broker has, and makes room for more output.
+func (r *reporter) arrived(sent []outgoing) {
+	bytes := 0
+	for _, m := range sent {
+		bytes += len(m.Data)
+		if m.settles != "" {
+			r.settled(m.settles)
+		}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.bytes -= bytes
+	r.room.Broadcast()
+}
+
+// close sends what is unsent until ctx ends. What is left then is reported after the next start, from the journal.
+func (r *reporter) close(ctx context.Context) {
+	r.mu.Lock()
+	r.closed = true
+	r.room.Broadcast()
+	r.mu.Unlock()
+	r.wakeUp()
+	select {
+	case <-r.done:
+	case <-ctx.Done():
+	}
+	r.quit()
+	<-r.done
+}

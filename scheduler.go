@@ -1,0 +1,160 @@
+package main
+
+// scheduler.go decides which accepted task runs next: first come, first served among the jobs that are below their own
+// limit, as long as a slot is free and nothing pauses the worker. It knows nothing of what running means.
+
+import (
+	"slices"
+	"sync"
+)
+
+// A scheduler holds the slots and, per job, a lane of waiting tasks.
+type scheduler struct {
+	start func(*task) // called with mu held when a task gets a slot; must not block
+
+	mu      sync.Mutex // guards what follows
+	slots   int        // tasks at once, all jobs together
+	running int
+	paused  map[string]bool // reasons why nothing is started
+	lanes   map[string]*lane
+	waiting []*lane // the lanes that hold a task, in no order
+	arrived uint64
+}
+
+// A lane is the waiting tasks of one job, in order of arrival.
+type lane struct {
+	limit   int
+	running int
+	tasks   []waitingTask
+	head    int // tasks before it have left
+	queued  bool
+}
+
+type waitingTask struct {
+	task    *task
+	arrival uint64
+}
+
+func newScheduler(slots int, start func(*task)) *scheduler {
+	return &scheduler{start: start, slots: slots, paused: map[string]bool{}, lanes: map[string]*lane{}}
+}
+
+// setSlots changes how many tasks run at once.
+func (s *scheduler) setSlots(slots int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.slots = slots
+	s.fill()
+}
+
+// setLimit changes how many tasks of one job run at once.
+func (s *scheduler) setLimit(event string, limit int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lane(event).limit = limit
+	s.fill()
+}
+
+// add lets a task wait for its slot.
+func (s *scheduler) add(t *task) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l := s.lane(t.event)
+	s.arrived++
+	l.tasks = append(l.tasks, waitingTask{t, s.arrived})
+	if !l.queued {
+		l.queued = true
+		s.waiting = append(s.waiting, l)
+	}
+	s.fill()
+}
+
+// remove takes a waiting task out again; false if it does not wait here.
+func (s *scheduler) remove(t *task) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l := s.lane(t.event)
+	for i := l.head; i < len(l.tasks); i++ {
+		if l.tasks[i].task == t {
+			l.tasks = append(l.tasks[:i], l.tasks[i+1:]...)
+			s.leave(l)
+			return true
+		}
+	}
+	return false
+}
+
+// done gives the slot of a task back that start was called with.
+func (s *scheduler) done(event string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.running--
+	s.lane(event).running--
+	s.fill()
+}
+
+// pause stops new tasks from being started for a reason; resume takes that reason back.
+func (s *scheduler) pause(reason string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.paused[reason] = true
+}
+
+func (s *scheduler) resume(reason string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.paused, reason)
+	s.fill()
+}
+
+// lane finds a job's lane. One that no limit was set for never gets a slot: its job is not configured.
+func (s *scheduler) lane(event string) *lane {
+	l := s.lanes[event]
+	if l == nil {
+		l = &lane{}
+		s.lanes[event] = l
+	}
+	return l
+}
+
+// fill starts waiting tasks while there are slots.
+func (s *scheduler) fill() {
+	for s.running < s.slots && len(s.paused) == 0 {
+		next := -1
+		for i, l := range s.waiting {
+			if l.running < l.limit && (next < 0 || l.tasks[l.head].arrival < s.waiting[next].tasks[s.waiting[next].head].arrival) {
+				next = i
+			}
+		}
+		if next < 0 {
+			return
+		}
+		l := s.waiting[next]
+		t := l.pop()
+		s.leave(l)
+		s.running++
+		l.running++
+		s.start(t)
+	}
+}
+
+// leave takes a lane that has become empty off the waiting ones.
+func (s *scheduler) leave(l *lane) {
+	if l.head < len(l.tasks) {
+		return
+	}
+	l.tasks, l.head, l.queued = nil, 0, false
+	s.waiting = slices.DeleteFunc(s.waiting, func(other *lane) bool { return other == l })
+}
+
+// pop takes the first task out and, now and then, the room that gone ones leave.
+func (l *lane) pop() *task {
+	t := l.tasks[l.head].task
+	l.tasks[l.head] = waitingTask{}
+	l.head++
+	if l.head > 1024 && l.head > len(l.tasks)/2 {
+		l.tasks = append([]waitingTask(nil), l.tasks[l.head:]...)
+		l.head = 0
+	}
+	return t
+}

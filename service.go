@@ -1,0 +1,176 @@
+package main
+
+// service.go is what the REST API asks of the worker: create, terminate, notify, look up, and how it is doing.
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+)
+
+var _ taskService = (*worker)(nil)
+
+func (w *worker) apiConfig() apiConfig {
+	return apiConfig{
+		secretKey: w.cfg.Credential.SecretKey, projectID: w.cfg.Credential.ProjectID, ownManager: w.cfg.EndPoint == "",
+	}
+}
+
+// create sends a new task to the broker, or to the journal where there is none. It returns when the task is safe there.
+func (w *worker) create(ctx context.Context, appID, event string, formBody json.RawMessage) (string, error) {
+	if appID == "" {
+		appID = w.cfg.Credential.ProjectID
+	}
+	w.mu.Lock()
+	starting := w.state == stateStarting
+	w.mu.Unlock()
+	if starting {
+		return "", fail(codeCreateEarly, "create task", errStarting)
+	}
+	if appID != w.cfg.Credential.ProjectID || w.jobs[event] == nil {
+		return "", fail(codeCreateUnknown, "create task",
+			fmt.Errorf("%w: app_id %.140q, event %.140q", errUnknownEvent, appID, event))
+	}
+	id := newTaskID()
+	body, err := json.Marshal(taskMessage{TaskID: id, Data: formBody, Action: "execute"})
+	if err != nil {
+		return "", fail(codeCreateBody, "create task", err)
+	}
+	if len(body) > maxMessageBytes {
+		return "", tooLarge("create task", maxMessageBytes)
+	}
+	if _, err := w.broker.Publish(ctx, Message{w.subject(event), body}); err != nil {
+		return "", fail(codeCreatePublish, "create task", fmt.Errorf("%w: %w", errJournalAway, err))
+	}
+	return id, nil
+}
+
+// terminate stops a task that runs or waits here.
+func (w *worker) terminate(_ context.Context, id string) error {
+	w.mu.Lock()
+	t := w.known[id]
+	ended := t != nil && t.status.final()
+	w.mu.Unlock()
+	if t == nil {
+		if _, kept := w.records.get(id); !kept {
+			return fail(codeTerminateUnknown, fmt.Sprintf("terminate task %q", id), errTaskUnknown)
+		}
+		ended = true
+	}
+	if ended {
+		return fail(codeTerminateEnded, fmt.Sprintf("terminate task %q", id), errTaskEnded)
+	}
+	w.stopTask(t, errTerminated)
+	return nil
+}
+
+// notify passes a job script's progress message on.
+func (w *worker) notify(_ context.Context, id, msg string) error {
+	w.bus.publish(taskNotified{TaskID: id, Msg: msg, At: time.Now()})
+	return nil
+}
+
+// record is what is known of a task, from the moment it was accepted.
+func (w *worker) record(id string) (record, bool) {
+	if kept, ok := w.records.get(id); ok {
+		return kept, true
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if t := w.known[id]; t != nil {
+		return w.queuedRecord(t), true
+	}
+	return record{}, false
+}
+
+// queuedRecord describes a task that has not been started here. w.mu is held.
+func (w *worker) queuedRecord(t *task) record {
+	return record{
+		TaskID: t.id, Event: t.event, Name: w.nameOf(t.event), Status: statusQueued, CreatedAt: &t.createdAt,
+	}
+}
+
+// list merges the waiting tasks with those that left a record.
+func (w *worker) list(f recordFilter) []record {
+	found := w.records.list(f)
+	if f.status != "" && f.status != statusQueued {
+		return found
+	}
+	listed := map[string]bool{}
+	for _, r := range found {
+		listed[r.TaskID] = true
+	}
+	w.mu.Lock()
+	for id, t := range w.known {
+		if t.status == statusQueued && !listed[id] && t.attempts == 0 && (f.event == "" || f.event == t.event) {
+			found = append(found, w.queuedRecord(t))
+		}
+	}
+	w.mu.Unlock()
+	slices.SortStableFunc(found, func(a, b record) int { return b.CreatedAt.Compare(*a.CreatedAt) })
+	return found[:min(len(found), f.limit)]
+}
+
+// setProblem notes a problem for the health, about what; an empty text takes it back.
+func (w *worker) setProblem(about, text string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if text == "" {
+		delete(w.problems, about)
+	} else {
+		w.problems[about] = text
+	}
+}
+
+// startPatience is how long starting may take before it counts as down.
+const startPatience = 30 * time.Second
+
+// health tells how the worker is doing (PROTOCOL section 7, /health).
+func (w *worker) health() healthReport {
+	w.mu.Lock()
+	state := w.state
+	problems := maps.Clone(w.problems)
+	queued := 0
+	for _, t := range w.known {
+		if t.status == statusQueued {
+			queued++
+		}
+	}
+	w.mu.Unlock()
+
+	status := healthOK
+	if len(problems) > 0 {
+		status = healthDegraded
+	}
+	switch {
+	case state == stateStarting && time.Since(w.started) > startPatience:
+		status = healthDown
+	case state == stateStarting:
+		status = healthStarting
+	case state == stateDraining:
+		status = healthDraining
+	default:
+		if err := w.journal.writable(); err != nil {
+			problems["journal"] = err.Error()
+			status = healthDown
+		}
+	}
+	report := healthReport{
+		Status: status, Problems: []string{}, IdentityID: w.cfg.IdentityID, Version: version,
+		UptimeS: int64(time.Since(w.started).Seconds()),
+		Broker:  brokerHealth{Type: w.cfg.Broker.Type, Connected: state != stateStarting, Since: &w.started},
+		Jobs: jobCounts{
+			Running: w.runningTasks.Load(), Queued: int64(queued),
+			Finish: w.ended[0].Load(), Error: w.ended[1].Load(), Timeout: w.ended[2].Load(), Terminate: w.ended[3].Load(),
+		},
+		Execs: []execHealth{},
+	}
+	for _, about := range slices.Sorted(maps.Keys(problems)) {
+		report.Problems = append(report.Problems, strings.TrimSpace(problems[about]))
+	}
+	return report
+}

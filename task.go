@@ -1,0 +1,500 @@
+package main
+
+// task.go is one task from its slot to its status: the data file, the environment, the command, retries, and the entry
+// in the journal that makes its end count. What comes before and after is in worker.go.
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+	"unicode/utf8"
+)
+
+const (
+	// exitBadData is the exit code with which a command says that running it again would not help (EX_DATAERR).
+	exitBadData = 65
+
+	postponePause   = time.Second // when the host lacks something
+	stderrTailBytes = 4 << 10     // of a failed run, in {task_id}_failed
+)
+
+// A task is one accepted run of a job. Its data stays in the journal, since very many may wait.
+type task struct {
+	id        string
+	event     string
+	createdAt time.Time
+	data      dataRef
+	delivery  *Delivery // what to settle in the end; nil where the journal alone answers
+
+	attempts int // starts, over all workers
+	crashes  int // starts in a row that ended with their worker
+	failures int // runs that failed, for the retries
+
+	// Guarded by worker.mu.
+	status    taskStatus
+	pid       int
+	startedAt time.Time
+	taken     bool                    // this worker has started it
+	stop      context.CancelCauseFunc // of the running attempt
+	stopped   error                   // errTerminated or errTimedOut, once asked for
+	woken     chan struct{}           // closed to end a pause before a retry
+}
+
+// A jobRunner is a job made ready to run: what is the same for each of its tasks is done once.
+type jobRunner struct {
+	job      *Job
+	template *commandTemplate
+	env      []string
+}
+
+// serviceVariables are the service manager's messages to this process; a job must not take them for its own.
+var serviceVariables = []string{
+	"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES",
+}
+
+func newJobRunner(cfg *Config, job *Job, baseURL string) (*jobRunner, error) {
+	template, err := parseTemplate(job.Cmd, hostShell)
+	if err != nil {
+		return nil, err
+	}
+	env := map[string]string{}
+	for _, entry := range os.Environ() {
+		if name, value, ok := strings.Cut(entry, "="); ok && !slices.Contains(serviceVariables, name) {
+			env[name] = value
+		}
+	}
+	maps.Copy(env, job.Env)
+	host := cfg.EndPoint
+	if host == "" {
+		host = baseURL
+	}
+	maps.Copy(env, map[string]string{
+		"JOB_MANAGER_HOST":     host,
+		"JOB_ITEM_PROJECT_ID":  cfg.Credential.ProjectID,
+		"JOB_ITEM_PROJECT_KEY": string(cfg.Credential.SecretKey),
+		"JOB_ITEM_EVENT":       job.Event,
+		"JOB_ITEM_BASE_URL":    baseURL,
+		"JOB_ITEM_CREATE_URL":  baseURL + "/job/create",
+		"JOB_ITEM_APP_ID":      cfg.Credential.ProjectID,
+	})
+	r := &jobRunner{job: job, template: template}
+	for _, name := range slices.Sorted(maps.Keys(env)) {
+		r.env = append(r.env, name+"="+env[name])
+	}
+	return r, nil
+}
+
+// taskEnv is the environment of one attempt at one task (PROTOCOL section 6, item 4).
+func (r *jobRunner) taskEnv(cfg *Config, baseURL, id string, attempt int) []string {
+	host := cfg.EndPoint
+	if host == "" {
+		host = baseURL
+	}
+	return append(slices.Clip(r.env),
+		"JOB_ITEM_TASK_ID="+id,
+		"JOB_ITEM_ATTEMPT="+strconv.Itoa(attempt),
+		"JOB_MANAGER_RESULT_URL="+host+"/api/worker/job_record/result/"+id,
+		"JOB_MANAGER_UPLOAD_FILE="+host+"/api/worker/job_record/file/"+id,
+		"JOB_ITEM_MSG_NOTIF_HOST="+baseURL+"/msg/notif/"+id,
+	)
+}
+
+// An attempt is how one run of a task ended.
+type attempt struct {
+	status     taskStatus
+	exit       exitStatus
+	started    bool
+	err        error // why status is error, where the command itself cannot say
+	stderrTail string
+	final      bool // running it again would not help
+	hostFault  bool // neither the command nor its data is to blame: this host lacks something for the moment
+}
+
+// startTask runs a task in a slot that the scheduler gave it.
+func (w *worker) startTask(t *task) {
+	w.runningTasks.Add(1)
+	w.tasks.Add(1)
+	go func() { // ends with the task's attempt
+		defer w.tasks.Done()
+		a, putBack := w.attemptTask(t)
+		w.runningTasks.Add(-1)
+		w.queue.done(t.event)
+		switch {
+		case putBack:
+			w.putBack(t)
+		case a.hostFault:
+			w.postpone(t, a.err)
+		default:
+			w.conclude(t, a)
+		}
+	}()
+}
+
+// attemptTask runs a task once. putBack says that it did not end by itself and no one asked for its end: it is to run
+// again, here or elsewhere.
+func (w *worker) attemptTask(t *task) (a attempt, putBack bool) {
+	runner := w.jobs[t.event]
+	ctx, stop := context.WithCancelCause(w.ctx)
+	defer stop(nil)
+	w.mu.Lock()
+	t.stop = stop
+	t.status = statusRunning
+	t.pid, t.startedAt = 0, time.Time{}
+	stopped := t.stopped
+	w.mu.Unlock()
+	if stopped != nil {
+		stop(stopped)
+	}
+	if t.crashes >= w.cfg.MaxDeliveries {
+		return attempt{status: statusError, final: true, err: fail(codeGivenUp, "run task", fmt.Errorf(
+			"given up after %d starts, each of which ended with its worker", t.crashes))}, false
+	}
+	if ctx.Err() == nil {
+		a = w.runCommand(ctx, t, runner)
+	}
+	switch cause := context.Cause(ctx); {
+	case ctx.Err() == nil, a.started && !a.exit.stopped: // it ended by itself, in time
+	case errors.Is(cause, errTerminated):
+		a.status, a.err = statusTerminate, cause
+	case errors.Is(cause, errTimedOut), errors.Is(cause, errTimeLimit):
+		a.status, a.err = statusTimeout, cause
+	default:
+		return a, true
+	}
+	return a, false
+}
+
+// runCommand writes the data file, runs the command and removes the file again.
+func (w *worker) runCommand(ctx context.Context, t *task, runner *jobRunner) (a attempt) {
+	a.status = statusError
+	data, err := w.journal.data(t.data)
+	if err != nil {
+		a.err, a.hostFault = err, isHostFault(err)
+		return a
+	}
+	rendered, err := runner.template.render(t.id, data)
+	if err != nil {
+		a.err, a.final = err, true
+		return a
+	}
+	file := filepath.Join(runner.job.WorkingDir, t.id+".json")
+	if err := writeDataFile(file, data, t.attempts > 0); err != nil {
+		a.err, a.hostFault = err, isHostFault(err)
+		return a
+	}
+	defer func() {
+		if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			w.log.Warn("data file not removed", errAttrs(err), "task", t.id)
+		}
+	}()
+	w.records.keepData(t.id, data)
+
+	if runner.job.Timeout > 0 {
+		cause := fmt.Errorf("%w: %v", errTimeLimit, runner.job.Timeout)
+		limit := time.AfterFunc(runner.job.Timeout, func() { w.stopTask(t, cause) })
+		defer limit.Stop()
+	}
+	tail := &tailBuffer{limit: stderrTailBytes}
+	c := command{
+		argv: rendered.argv, line: rendered.line, dir: runner.job.WorkingDir,
+		env:       runner.taskEnv(w.cfg, w.baseURL, t.id, t.attempts+1),
+		killAfter: w.cfg.KillAfter, hurry: w.hurry,
+		started: func(p processIdentity) error {
+			if err := w.taskRuns(t, p); err != nil {
+				a.hostFault = true
+				return err
+			}
+			a.started = true
+			return nil
+		},
+		output: func(stream outputStream, data []byte) {
+			if stream == streamStderr {
+				tail.write(data)
+			}
+			w.bus.publish(taskOutput{TaskID: t.id, Stream: stream, Data: data})
+		},
+	}
+	a.exit, a.err = c.run(ctx)
+	a.hostFault = a.hostFault || isHostFault(a.err)
+	a.stderrTail = tail.text()
+	if a.err == nil && a.exit.code == 0 {
+		a.status = statusFinish
+	}
+	a.final = a.exit.code == exitBadData
+	return a
+}
+
+// taskRuns notes that a task's command has been started, first of all where a worker after this one finds it.
+func (w *worker) taskRuns(t *task, p processIdentity) error {
+	if err := w.journal.started(t.id, t.attempts+1, p); err != nil {
+		return err
+	}
+	t.attempts++
+	t.crashes++ // until it ends otherwise
+	w.mu.Lock()
+	taken := !t.taken
+	t.taken = true
+	t.pid, t.startedAt = p.PID, time.Now()
+	startedAt := t.startedAt
+	w.mu.Unlock()
+	w.bus.publish(taskStarted{
+		TaskID: t.id, Event: t.event, Name: w.nameOf(t.event), PID: p.PID, Attempt: t.attempts, Taken: taken,
+		CreatedAt: t.createdAt, At: startedAt,
+	})
+	return nil
+}
+
+// postpone lets a task wait until this host may have again what running it takes.
+func (w *worker) postpone(t *task, reason error) {
+	w.log.Error("task postponed", errAttrs(reason), "task", t.id, "pause", postponePause.String())
+	t.crashes = 0
+	w.wait(t)
+	w.journalled("put task back", t.id, w.journal.returned(t.id))
+	w.enqueueAt(t, time.Now().Add(postponePause))
+}
+
+// isHostFault reports whether err comes from a lack of disk, memory, processes or descriptors, which passes.
+func isHostFault(err error) bool {
+	for _, lack := range []error{
+		syscall.ENOSPC, syscall.EDQUOT, syscall.EMFILE, syscall.ENFILE, syscall.EAGAIN, syscall.ENOMEM,
+	} {
+		if errors.Is(err, lack) {
+			return true
+		}
+	}
+	return false
+}
+
+// wait notes that a task waits again.
+func (w *worker) wait(t *task) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	t.status = statusQueued
+	t.pid, t.stop = 0, nil
+	t.woken = make(chan struct{})
+	if t.stopped != nil {
+		close(t.woken)
+	}
+}
+
+// stopRequest is the status that was asked for while a task was not running, "" if none was.
+func (w *worker) stopRequest(t *task) taskStatus {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	switch {
+	case errors.Is(t.stopped, errTerminated):
+		return statusTerminate
+	case errors.Is(t.stopped, errTimedOut):
+		return statusTimeout
+	}
+	return ""
+}
+
+// concludeUnstarted ends a task that was stopped while it waited.
+func (w *worker) concludeUnstarted(t *task) {
+	w.mu.Lock()
+	cause := t.stopped
+	w.mu.Unlock()
+	w.conclude(t, attempt{status: w.stopRequest(t), err: cause, final: true, exit: exitStatus{code: -1}})
+}
+
+// conclude decides what follows an attempt: another one, or the end.
+func (w *worker) conclude(t *task, a attempt) {
+	t.crashes = 0
+	retry := w.jobs[t.event].job.Retry
+	failed := a.status == statusError || a.status == statusTimeout && !errors.Is(a.err, errTimedOut)
+	if failed && !a.final && t.failures < retry.Times && w.stopRequest(t) == "" {
+		pause := min(retry.Pause<<min(t.failures, 30), maxRetryPause)
+		if pause < 0 { // shifted out of range
+			pause = maxRetryPause
+		}
+		t.failures++
+		w.retry(t, a.reason(), time.Now().Add(pause))
+		return
+	}
+	outcome := taskFinished{
+		TaskID: t.id, Event: t.event, Name: w.nameOf(t.event), Status: a.status, Attempt: t.attempts,
+		Signal: a.exit.signal, PID: a.exit.pid, CPU: a.exit.cpu, MaxRSS: a.exit.maxRSS,
+		CreatedAt: t.createdAt, FinishedAt: time.Now(),
+	}
+	if a.started && a.exit.code >= 0 {
+		outcome.ExitCode = &a.exit.code
+	}
+	if a.status != statusFinish {
+		outcome.Error = a.reason()
+	}
+	w.finish(t, outcome)
+}
+
+// retry lets a failed task wait for its next attempt.
+func (w *worker) retry(t *task, reason string, due time.Time) {
+	w.wait(t)
+	w.journalled("note retry of task", t.id, w.journal.retrying(t.id, due))
+	w.bus.publish(taskRetrying{TaskID: t.id, Event: t.event, Attempt: t.attempts, Reason: reason, Due: due})
+	w.enqueueAt(t, due)
+}
+
+// finish makes a task's end count: it is in the journal before anybody hears of it. While the journal cannot be
+// written the task waits here, unreported; a worker that is stopped meanwhile runs it again.
+func (w *worker) finish(t *task, outcome taskFinished) {
+	w.mu.Lock()
+	outcome.StartedAt = t.startedAt
+	w.mu.Unlock()
+	pause := 100 * time.Millisecond
+	for {
+		err := w.journal.finished(outcome)
+		if err == nil {
+			break
+		}
+		w.log.Error("end of task not journalled yet", errAttrs(err), "task", t.id)
+		select {
+		case <-time.After(pause):
+		case <-w.ctx.Done():
+			return
+		}
+		pause = min(2*pause, 5*time.Second)
+	}
+	w.mu.Lock()
+	t.status = outcome.Status
+	t.stop = nil
+	w.mu.Unlock()
+	w.ended[finalIndex(outcome.Status)].Add(1)
+	w.bus.publish(outcome)
+}
+
+// putBack gives an unfinished task up: the journal or the broker has it run again.
+func (w *worker) putBack(t *task) {
+	w.wait(t)
+	if t.delivery == nil {
+		w.journalled("put task back", t.id, w.journal.returned(t.id))
+	} else {
+		w.journalled("give task back", t.id, w.journal.released(t.id))
+		t.delivery.Nack(errPutBack)
+	}
+	w.log.Info("task put back", "task", t.id, "event", t.event)
+}
+
+// stopTask ends a task for a cause: its command if it runs, its wait if it waits.
+func (w *worker) stopTask(t *task, cause error) {
+	w.mu.Lock()
+	if t.stopped == nil && !errors.Is(cause, errTimeLimit) {
+		t.stopped = cause
+		if t.woken != nil {
+			close(t.woken)
+		}
+	}
+	stop := t.stop
+	w.mu.Unlock()
+	if stop != nil {
+		stop(cause)
+	} else if w.queue.remove(t) {
+		w.concludeUnstarted(t)
+	}
+}
+
+// wokenUp is closed when a pause of the task is to end early; nil, which never is, when it is in no pause.
+func (w *worker) wokenUp(t *task) <-chan struct{} {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return t.woken
+}
+
+// reason says why an attempt did not finish well: what the command wrote last on stderr, else what is known.
+func (a attempt) reason() string {
+	switch {
+	case a.err != nil:
+		return a.err.Error()
+	case a.stderrTail != "":
+		return a.stderrTail
+	case a.exit.signal != "":
+		return "killed by " + a.exit.signal
+	default:
+		return "exit code " + strconv.Itoa(a.exit.code)
+	}
+}
+
+// writeDataFile writes a task's {task_id}.json, mode 0600 (PROTOCOL section 6, item 2). A file of that name is only
+// overwritten when it is one of ours: from an earlier attempt, or with the beginning of the very same data in it.
+func writeDataFile(path string, data []byte, again bool) error {
+	op := fmt.Sprintf("write data file %q", path)
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if errors.Is(err, fs.ErrExist) {
+		if !again && !holdsBeginning(path, data) {
+			return fail(codeDataFile, op, errors.New("there is a file of this name already, and it is not the task's"))
+		}
+		// Removed rather than truncated: the path may have become a link.
+		if err = os.Remove(path); err == nil {
+			f, err = os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		}
+	}
+	if err == nil {
+		_, err = f.Write(data)
+		err = errors.Join(err, f.Close())
+		if err != nil {
+			os.Remove(path)
+		}
+	}
+	if err != nil {
+		return fail(codeDataFileWrite, op, err)
+	}
+	return nil
+}
+
+// holdsBeginning reports whether path is a regular file with a beginning of data in it: what a crash leaves.
+func holdsBeginning(path string, data []byte) bool {
+	info, err := os.Lstat(path)
+	if err != nil || !info.Mode().IsRegular() || info.Size() > int64(len(data)) {
+		return false
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	content, err := io.ReadAll(io.LimitReader(f, int64(len(data))))
+	return err == nil && bytes.HasPrefix(data, content)
+}
+
+// A tailBuffer keeps the last bytes of what is written to it.
+type tailBuffer struct {
+	limit int
+	data  []byte
+	cut   bool
+}
+
+func (b *tailBuffer) write(data []byte) {
+	if over := len(b.data) + len(data) - b.limit; over > 0 {
+		b.cut = true
+		if over >= len(b.data) {
+			b.data, data = b.data[:0], data[max(0, len(data)-b.limit):]
+		} else {
+			b.data = append(b.data[:0], b.data[over:]...)
+		}
+	}
+	b.data = append(b.data, data...)
+}
+
+// text is the tail without a broken character in front and without white space at its end.
+func (b *tailBuffer) text() string {
+	data := b.data
+	for b.cut && len(data) > 0 && !utf8.RuneStart(data[0]) {
+		data = data[1:]
+	}
+	return strings.TrimSpace(strings.ToValidUTF8(string(data), "\uFFFD"))
+}
+
+// finalIndex numbers the final statuses.
+func finalIndex(s taskStatus) int {
+	return slices.Index([]taskStatus{statusFinish, statusError, statusTimeout, statusTerminate}, s)
+}

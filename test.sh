@@ -1,0 +1,57 @@
+#!/bin/sh
+# The one test command: formatting, vet for the three systems, staticcheck, all tests under the race detector, and each
+# fuzz target for a few seconds (FUZZTIME, default 5s; 0s leaves them out). What a test needs and this machine lacks is
+# installed where that is possible (Debian packages, as root) and is a failure where it is not.
+set -eu
+cd "$(dirname "$0")"
+
+FUZZTIME=${FUZZTIME:-5s}
+STATICCHECK=${STATICCHECK:-v0.7.0}
+
+say() { printf '== %s\n' "$*"; }
+
+# need PROGRAM PACKAGE: the program, from that Debian package if it is missing.
+need() {
+	command -v "$1" >/dev/null 2>&1 && return 0
+	if command -v apt-get >/dev/null 2>&1 && [ "$(id -u)" = 0 ]; then
+		say "installing $2"
+		if [ -z "${UPDATED:-}" ]; then
+			apt-get update -qq >/dev/null
+			UPDATED=1
+		fi
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$2" >/dev/null
+		command -v "$1" >/dev/null 2>&1 && return 0
+	fi
+	echo "$1 is missing: install it (Debian package $2)" >&2
+	exit 1
+}
+need gcc gcc # the race detector links with it
+need python3 python3
+need node nodejs
+export JOB_ITEM_TEST_COMPLETE=1 # a test that lacks its program fails instead of being skipped
+
+say "gofmt"
+unformatted=$(gofmt -l .)
+if [ -n "$unformatted" ]; then
+	echo "gofmt would change: $unformatted" >&2
+	exit 1
+fi
+
+for system in linux windows darwin; do
+	say "go vet for $system"
+	GOOS=$system CGO_ENABLED=0 go vet ./...
+done
+
+say "staticcheck"
+go run "honnef.co/go/tools/cmd/staticcheck@$STATICCHECK" ./...
+
+if [ "$FUZZTIME" != 0s ]; then
+	for target in $(grep -ho '^func Fuzz[A-Za-z0-9]*' ./*_test.go | cut -d' ' -f2); do
+		say "fuzz $target for $FUZZTIME"
+		go test -run '^$' -fuzz "^$target\$" -fuzztime "$FUZZTIME" .
+	done
+fi
+
+say "go test -race"
+go test -race -timeout 20m ./...
+say "all passed"

@@ -1,0 +1,418 @@
+package main
+
+// worker.go is the worker proper: deliveries in, tasks accepted into the journal, slots given, and everything put back
+// or settled at the end. What happens to one task between slot and status is in task.go. It does not know which broker
+// it talks to, and nothing of HTTP.
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// maxMessageBytes bounds a task's message (PROTOCOL section 6).
+const maxMessageBytes = 16 << 20
+
+// settleTimeout bounds how long one delivery may take to be acknowledged, and the last reports of a stopping worker.
+const settleTimeout = 5 * time.Second
+
+// A worker runs the tasks of one configuration. It implements taskService for the REST API.
+type worker struct {
+	cfg     *Config
+	baseURL string // of its own REST API, as its jobs reach it
+	log     *slog.Logger
+	bus     *eventBus
+	records *records
+	broker  Broker
+	jobs    map[string]*jobRunner // by event
+	queue   *scheduler
+	started time.Time
+
+	// Set by open, once the journal could be opened.
+	journal  *journal
+	reporter *reporter
+
+	ctx    context.Context // of every task; its end stops them all, for the cause it has
+	cancel context.CancelCauseFunc
+	tasks  sync.WaitGroup // running, finishing and pausing tasks
+
+	hurry     chan struct{} // closed when commands that are being stopped are to be killed
+	hurryOnce sync.Once
+
+	mu        sync.Mutex // guards what follows
+	state     workerState
+	known     map[string]*task // accepted and not yet reported
+	consumers []Consumer
+	problems  map[string]string // by what they are about: journal, resources, …
+	refused   uint64            // messages that were no tasks
+
+	runningTasks atomic.Int64
+	ended        [4]atomic.Int64 // by finalIndex
+}
+
+// A workerState is what /health calls status, but for what the problems make of it.
+type workerState string
+
+const (
+	stateStarting workerState = "starting"
+	stateRunning  workerState = "running"
+	stateDraining workerState = "draining"
+)
+
+// Why a task's command is stopped: the cause of its context.
+var (
+	errTimeLimit  = errors.New("time limit exceeded")
+	errTerminated = errors.New("terminated on request")
+	errTimedOut   = errors.New("timed out on request")
+	errPutBack    = errors.New("the worker stops")
+)
+
+// newWorker prepares a worker that has no journal yet: it answers for its health and accepts nothing.
+func newWorker(cfg *Config, baseURL string, recs *records, bus *eventBus, log *slog.Logger) (*worker, error) {
+	w := &worker{
+		cfg: cfg, baseURL: baseURL, log: log, bus: bus, records: recs,
+		broker: newLocalBroker(), jobs: map[string]*jobRunner{}, started: time.Now(),
+		state: stateStarting, hurry: make(chan struct{}), known: map[string]*task{}, problems: map[string]string{},
+	}
+	w.ctx, w.cancel = context.WithCancelCause(context.Background())
+	w.queue = newScheduler(cfg.Concurrency, w.startTask)
+	for i := range cfg.Jobs {
+		runner, err := newJobRunner(cfg, &cfg.Jobs[i], baseURL)
+		if err != nil {
+			return nil, err
+		}
+		w.jobs[runner.job.Event] = runner
+		w.queue.setLimit(runner.job.Event, runner.job.Limit)
+	}
+	return w, nil
+}
+
+// open opens the journal, ends what a dead worker left running, takes up its unfinished tasks and begins to consume.
+// While the journal cannot be opened it says why in the health and tries again, until ctx ends.
+func (w *worker) open(ctx context.Context) error {
+	pause := 100 * time.Millisecond
+	var found []journalTask
+	for {
+		var err error
+		if w.journal, found, err = openJournal(w.cfg.DataDir + "/journal"); err == nil {
+			break
+		}
+		w.setProblem("journal", err.Error())
+		level := slog.LevelError
+		if errors.Is(err, errJournalBusy) {
+			level = slog.LevelInfo // the worker before this one is still draining
+		}
+		w.log.Log(ctx, level, "journal not available yet", errAttrs(err))
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+		pause = min(2*pause, 5*time.Second)
+	}
+	w.setProblem("journal", "")
+
+	w.reporter = newReporter(w.broker, hostID(), w.log, w.settle)
+	w.bus.subscribe(w.reporter.handle)
+	w.recover(found)
+	for event, runner := range w.jobs {
+		consumer, err := w.broker.Consume(w.subject(event), runner.job.Limit, func(d Delivery) { w.take(runner.job.Event, d) })
+		if err != nil {
+			return fail(codeConsume, fmt.Sprintf("consume job %q", event), err)
+		}
+		w.mu.Lock()
+		w.consumers = append(w.consumers, consumer)
+		w.mu.Unlock()
+	}
+	w.mu.Lock()
+	w.state = stateRunning
+	w.mu.Unlock()
+	return nil
+}
+
+// subject is where a job's tasks arrive.
+func (w *worker) subject(event string) string { return w.cfg.Credential.ProjectID + "." + event }
+
+// recover takes up what the journal answers for: stale processes are ended before their tasks run again, and what had
+// finished is reported.
+func (w *worker) recover(found []journalTask) {
+	stale := make([]staleTask, 0, len(found))
+	for _, t := range found {
+		if t.Outcome == nil {
+			// The base URL tells our processes from those of another worker on this host, which may run the task now.
+			env := []string{"JOB_ITEM_BASE_URL=" + w.baseURL}
+			stale = append(stale, staleTask{process: t.Process, taskID: t.ID, env: env})
+		}
+	}
+	if err := endStaleGroups(stale, w.cfg.KillAfter); err != nil {
+		w.log.Error("processes of a dead worker could not be ended", errAttrs(err))
+	}
+	waiting := 0
+	for _, t := range found {
+		switch {
+		case t.Outcome != nil:
+			w.mu.Lock()
+			w.known[t.ID] = &task{id: t.ID, event: t.Event, createdAt: t.CreatedAt, status: t.Outcome.Status}
+			w.mu.Unlock()
+			w.bus.publish(*t.Outcome)
+		case t.Held:
+			// The broker delivers it again, here or elsewhere.
+			w.journalled("release task", t.ID, w.journal.released(t.ID))
+		default:
+			waiting++
+			recovered := &task{
+				id: t.ID, event: t.Event, createdAt: t.CreatedAt, data: t.Data, status: statusQueued,
+				attempts: t.Attempts, crashes: t.Crashes, failures: t.Failures,
+			}
+			w.mu.Lock()
+			w.known[t.ID] = recovered
+			w.mu.Unlock()
+			if w.jobs[t.Event] == nil {
+				w.setProblem("job "+t.Event, fmt.Sprintf("tasks wait for job %q, which is not configured", t.Event))
+			}
+			w.enqueueAt(recovered, t.Due)
+		}
+	}
+	if waiting > 0 {
+		w.log.Info("unfinished tasks taken up", "count", waiting)
+	}
+}
+
+// A taskMessage is what a manager sends to start a task.
+type taskMessage struct {
+	TaskID string          `json:"task_id"`
+	Data   json.RawMessage `json:"data"`
+	Action string          `json:"action,omitempty"`
+}
+
+// parseTaskMessage checks a message that claims to be a task (PROTOCOL section 6, item 1).
+func parseTaskMessage(data []byte) (taskMessage, error) {
+	var m taskMessage
+	switch err := error(nil); {
+	case len(data) > maxMessageBytes:
+		return m, fail(codeMessage, "read task message", fmt.Errorf("%d bytes are more than the %d allowed", len(data), maxMessageBytes))
+	default:
+		if err = json.Unmarshal(data, &m); err != nil {
+			return m, fail(codeMessage, "read task message", err)
+		}
+	}
+	if !validTaskID(m.TaskID) {
+		return m, fail(codeMessage, "read task message", fmt.Errorf(
+			"task_id %.140q is not 1 to 128 of A-Z a-z 0-9 . _ - without a dot in front", m.TaskID))
+	}
+	if m.Action != "" && m.Action != "execute" {
+		return m, fail(codeMessage, "read task message", fmt.Errorf("unknown action %.40q", m.Action))
+	}
+	if len(m.Data) == 0 {
+		m.Data = json.RawMessage("{}")
+	}
+	return m, nil
+}
+
+// validTaskID reports whether an id may name a file and a subject.
+func validTaskID(id string) bool {
+	if len(id) == 0 || len(id) > 128 || id[0] == '.' {
+		return false
+	}
+	for _, c := range []byte(id) {
+		switch {
+		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', c == '.', c == '_', c == '-':
+		default:
+			return false
+		}
+	}
+	return true
+}
+
+// take is where a delivery becomes a task: it is checked, told from what is known already, and journalled. What cannot
+// be journalled is put back.
+func (w *worker) take(event string, d Delivery) {
+	m, err := parseTaskMessage(d.Data)
+	if err != nil {
+		w.mu.Lock()
+		w.refused++
+		w.mu.Unlock()
+		w.log.Warn("message refused", errAttrs(err), "subject", d.Subject)
+		w.ack(d)
+		return
+	}
+	t := &task{id: m.TaskID, event: event, createdAt: time.Now(), status: statusQueued}
+	if d.Ack != nil {
+		t.delivery = &d
+	}
+
+	w.mu.Lock()
+	if w.known[t.id] != nil {
+		w.mu.Unlock()
+		w.log.Info("duplicate of a task that is being done", "task", t.id)
+		w.ack(d)
+		return
+	}
+	if status, ended := w.journal.outcome(t.id); ended {
+		w.mu.Unlock()
+		w.log.Info("duplicate of a finished task, reported again", "task", t.id, "status", status)
+		w.reporter.enqueue(t.id+"_finish", []byte(status), "")
+		w.ack(d)
+		return
+	}
+	w.known[t.id] = t // before it is journalled, so that a duplicate meanwhile is seen
+	w.mu.Unlock()
+
+	t.data, err = w.journal.accept(journalTask{
+		ID: t.id, Subject: d.Subject, Event: event, Held: d.Held, CreatedAt: t.createdAt,
+	}, m.Data)
+	if err != nil {
+		w.forget(t.id)
+		w.log.Error("task not accepted", errAttrs(err), "task", t.id)
+		if d.Nack != nil {
+			d.Nack(err)
+		}
+		return
+	}
+	w.bus.publish(taskQueued{TaskID: t.id, Event: event, Name: w.nameOf(event), At: t.createdAt})
+	w.queue.add(t)
+}
+
+func (w *worker) nameOf(event string) string {
+	if runner := w.jobs[event]; runner != nil {
+		return runner.job.Name
+	}
+	return event
+}
+
+// enqueueAt lets a task wait for a slot from due on (zero: now).
+func (w *worker) enqueueAt(t *task, due time.Time) {
+	pause := time.Until(due)
+	if due.IsZero() || pause <= 0 {
+		w.queue.add(t)
+		return
+	}
+	w.tasks.Add(1)
+	go func() { // ends when the pause is over, the task is terminated, or the worker stops
+		defer w.tasks.Done()
+		timer := time.NewTimer(pause)
+		defer timer.Stop()
+		select {
+		case <-timer.C:
+			w.queue.add(t)
+		case <-w.wokenUp(t):
+			w.concludeUnstarted(t)
+		case <-w.ctx.Done():
+		}
+	}()
+}
+
+// forget drops a task from what is known.
+func (w *worker) forget(id string) *task {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	t := w.known[id]
+	delete(w.known, id)
+	return t
+}
+
+// settle ends the story of a task whose _finish has arrived.
+func (w *worker) settle(id string) {
+	t := w.forget(id)
+	if t != nil && t.delivery != nil {
+		w.ack(*t.delivery)
+	}
+	w.journalled("note task as reported", id, w.journal.reported(id))
+}
+
+// ack settles a delivery with its broker. A failure is the broker's to mend: it delivers again, and the journal knows.
+func (w *worker) ack(d Delivery) {
+	if d.Ack == nil {
+		return
+	}
+	// Not under the tasks' context: a draining worker still settles what has ended.
+	ctx, stop := context.WithTimeout(context.WithoutCancel(w.ctx), settleTimeout)
+	defer stop()
+	if err := d.Ack(ctx); err != nil {
+		w.log.Warn("delivery not acknowledged", errAttrs(err), "subject", d.Subject)
+	}
+}
+
+// journalled logs a journal entry that could not be written and whose loss costs no more than a repetition.
+func (w *worker) journalled(op, id string, err error) {
+	if err != nil {
+		w.log.Error(op, errAttrs(err), "task", id)
+	}
+}
+
+// drain is the graceful stop: nothing new is started, running tasks may end within the drain timeout, the rest is
+// stopped and put back, and what is known is reported. ctx's end (a second signal) stops the rest at once.
+func (w *worker) drain(ctx context.Context) {
+	w.mu.Lock()
+	w.state = stateDraining
+	consumers := w.consumers
+	w.consumers = nil
+	w.mu.Unlock()
+	w.queue.pause("draining")
+	if _, local := w.broker.(*localBroker); !local {
+		for _, c := range consumers {
+			c.Stop()
+		}
+	}
+	if n := w.runningTasks.Load(); n > 0 {
+		w.log.Info("waiting for running tasks", "count", n, "limit", w.cfg.DrainTimeout.String())
+	}
+	patience, stop := context.WithTimeout(ctx, w.cfg.DrainTimeout)
+	defer stop()
+	for w.runningTasks.Load() > 0 && patience.Err() == nil {
+		select {
+		case <-patience.Done():
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+	w.cancel(errPutBack)
+	everyTaskEnded := make(chan struct{})
+	go func() { // ends when the last task has
+		w.tasks.Wait()
+		close(everyTaskEnded)
+	}()
+	select {
+	case <-everyTaskEnded:
+	case <-ctx.Done():
+		w.killRunning()
+		<-everyTaskEnded
+	}
+}
+
+// close reports and writes what is left, after drain.
+func (w *worker) close() {
+	if w.journal == nil {
+		return
+	}
+	ctx, stop := context.WithTimeout(context.Background(), settleTimeout)
+	defer stop()
+	w.reporter.close(ctx)
+	if err := w.broker.Close(); err != nil {
+		w.log.Warn("broker not closed", errAttrs(err))
+	}
+	if err := w.journal.close(); err != nil {
+		w.log.Error("journal not closed", errAttrs(err))
+	}
+}
+
+// killRunning shortens the grace of commands that are being stopped to nothing.
+func (w *worker) killRunning() { w.hurryOnce.Do(func() { close(w.hurry) }) }
+
+// newTaskID makes a UUID version 7 (RFC 9562): it sorts by time.
+func newTaskID() string {
+	var u [16]byte
+	rand.Read(u[6:])
+	ms := time.Now().UnixMilli()
+	for i := range 6 {
+		u[i] = byte(ms >> (40 - 8*i))
+	}
+	u[6] = u[6]&0x0f | 0x70
+	u[8] = u[8]&0x3f | 0x80
+	return fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])
+}
