@@ -64,6 +64,7 @@ func (p *workerProcess) adopt(inv *invocation) error {
 			p.log.Debug("parent does not listen", errAttrs(err))
 		}
 	}
+	sealDescriptors() // of what this process inherited, commands inherit nothing
 	orders := newLineReader(inv.stdin)
 	var first order
 	if err := orders.next(&first); err != nil {

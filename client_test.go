@@ -64,16 +64,24 @@ func (f *fakeWorker) serve(w http.ResponseWriter, r *http.Request) {
 	io.WriteString(w, reply)
 }
 
+// setLog says how requests for a log are answered; they are counted from 1.
+func (f *fakeWorker) setLog(log func(w http.ResponseWriter, request int)) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.log = log
+}
+
 func (f *fakeWorker) set(call, reply string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.replies[call] = reply
 }
 
-// called gives the calls so far, without those for logs and records.
+// called gives the calls since the last time.
 func (f *fakeWorker) called() string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	defer func() { f.calls = nil }()
 	return strings.Join(f.calls, "\n")
 }
 
@@ -98,13 +106,13 @@ func TestCreate(t *testing.T) {
 		{[]string{"--data", "@" + dataFile}, "", `{"from":"file"}`},
 		{[]string{"--data", "-"}, ` {"from":"stdin"} `, `{"from":"stdin"}`},
 	} {
-		f.calls = nil
 		got := runCLI(t, noWorkerEnv, c.stdin, append([]string{"create", "send_email", "--url", f.URL}, c.args...)...)
 		if got != (cliResult{"task-9\n", "", 0}) {
 			t.Errorf("create %q gives %+v", c.args, got)
 		}
-		if want := `POST /job/create  {"event":"send_email","form_body":` + c.data + `}`; f.called() != want {
-			t.Errorf("create %q asks %s, want %s", c.args, f.called(), want)
+		asked := f.called()
+		if want := `POST /job/create  {"event":"send_email","form_body":` + c.data + `}`; asked != want {
+			t.Errorf("create %q asks %s, want %s", c.args, asked, want)
 		}
 	}
 }
@@ -185,11 +193,10 @@ func TestFindWorker(t *testing.T) {
 		{"127.0.0.1:1", []string{"JOB_ITEM_BASE_URL=" + f.URL + "/", "JOB_ITEM_PROJECT_KEY=env-key"}, nil, "Bearer env-key"},
 		{"127.0.0.1:1", []string{"JOB_ITEM_BASE_URL=http://127.0.0.1:1"}, []string{"--url", f.URL}, "Bearer config-key"},
 	} {
-		f.calls = nil
 		args := append([]string{"create", "a", "--config", config(c.listen)}, c.args...)
 		got := runCLI(t, append(noWorkerEnv[:2:2], c.env...), "", args...)
-		if got.code != 0 || !strings.Contains(f.called(), " /job/create "+c.want+" ") {
-			t.Errorf("listen %s, %q, %q: exit %d %s, asked %q; want %q", c.listen, c.env, c.args, got.code, got.stderr, f.called(), c.want)
+		if asked := f.called(); got.code != 0 || !strings.Contains(asked, " /job/create "+c.want+" ") {
+			t.Errorf("listen %s, %q, %q: exit %d %s, asked %q; want %q", c.listen, c.env, c.args, got.code, got.stderr, asked, c.want)
 		}
 	}
 	for listen, want := range map[string]string{
@@ -220,13 +227,13 @@ func TestCreateWait(t *testing.T) {
 		{`{"status":"terminate"}`, 143, "task task-9: terminate\n"},
 	} {
 		f := newFakeWorker(t, map[string]string{"POST /job/create": created, "GET /job/task-9": c.record})
-		f.log = shows("the output\n")
+		f.setLog(shows("the output\n"))
 		got := runCLI(t, noWorkerEnv, "", "create", "a", "--wait", "--url", f.URL)
 		if got.code != c.code || got.stdout != "the output\n" || !strings.HasSuffix(got.stderr, c.want) {
 			t.Errorf("%s: %+v; want exit %d and %q", c.record, got, c.code, c.want)
 		}
-		if !strings.Contains(f.called(), "GET /job/task-9/log?follow=true") {
-			t.Errorf("asked %s", f.called())
+		if asked := f.called(); !strings.Contains(asked, "GET /job/task-9/log?follow=true") {
+			t.Errorf("asked %s", asked)
 		}
 	}
 }
@@ -234,7 +241,7 @@ func TestCreateWait(t *testing.T) {
 // The worker restarts while the task runs: the log breaks, some calls fail, and the log goes on where it was.
 func TestCreateWaitAcrossRestart(t *testing.T) {
 	f := newFakeWorker(t, map[string]string{"POST /job/create": created, "GET /job/task-9": `503 {"status":"error","message":"starting"}`})
-	f.log = func(w http.ResponseWriter, request int) {
+	f.setLog(func(w http.ResponseWriter, request int) {
 		switch request {
 		case 1: // breaks within the log
 			io.WriteString(w, "one\ntw")
@@ -249,7 +256,7 @@ func TestCreateWaitAcrossRestart(t *testing.T) {
 			f.set("GET /job/task-9", `{"status":"finish"}`)
 			io.WriteString(w, "one\ntwo\nthree\n")
 		}
-	}
+	})
 	got := runCLI(t, noWorkerEnv, "", "create", "a", "--wait", "--url", f.URL)
 	if got.code != 0 || got.stdout != "one\ntwo\nthree\n" {
 		t.Errorf("create --wait gives %+v", got)
@@ -281,14 +288,14 @@ func TestWaitGivesUp(t *testing.T) {
 // A full disk ends the waiting, the worker is not asked again and again.
 func TestWaitBrokenOutput(t *testing.T) {
 	f := newFakeWorker(t, map[string]string{"GET /job/task-9": `{"status":"running"}`})
-	f.log = shows("output")
+	f.setLog(shows("output"))
 	base, err := parseHTTPURL(f.URL)
 	if err != nil {
 		t.Fatal(err)
 	}
 	c := &workerClient{base: base, http: newHTTPClient(), patience: time.Minute}
 	var errOut bytes.Buffer
-	code := c.wait(context.Background(), &invocation{stdout: failingWriter{}, stderr: &errOut}, "task-9")
+	code := c.wait(context.Background(), &invocation{stdout: saveBrokenWriter{}, stderr: &errOut}, "task-9")
 	if code != 1 || !strings.Contains(errOut.String(), "disk full") {
 		t.Errorf("exit %d, stderr %q", code, errOut.String())
 	}
@@ -301,11 +308,11 @@ func TestCreateWaitStopped(t *testing.T) {
 	for sig, code := range map[syscall.Signal]int{syscall.SIGTERM: 143, syscall.SIGINT: 130} {
 		release := make(chan struct{})
 		f := newFakeWorker(t, map[string]string{"POST /job/create": created, "GET /job/task-9": `{"status":"running"}`})
-		f.log = func(w http.ResponseWriter, _ int) {
+		f.setLog(func(w http.ResponseWriter, _ int) {
 			io.WriteString(w, "ready\n")
 			w.(http.Flusher).Flush()
 			<-release
-		}
+		})
 		cmd := cliCommand(t, noWorkerEnv, "create", "a", "--wait", "--url", f.URL)
 		out, err := cmd.StdoutPipe()
 		if err != nil {
@@ -336,12 +343,13 @@ func TestReplay(t *testing.T) {
 	if got != (cliResult{"task-9\n", "", 0}) {
 		t.Errorf("replay gives %+v", got)
 	}
-	if want := `POST /job/create  {"event":"send_email","form_body":{"to":"ada","n":1.50}}`; !strings.HasSuffix(f.called(), want) {
-		t.Errorf("replay asks %s, want %s", f.called(), want)
+	asked := f.called()
+	if want := `POST /job/create  {"event":"send_email","form_body":{"to":"ada","n":1.50}}`; !strings.HasSuffix(asked, want) {
+		t.Errorf("replay asks %s, want %s", asked, want)
 	}
 
 	f.set("GET /job/task-9", `{"status":"timeout"}`)
-	f.log = shows("again\n")
+	f.setLog(shows("again\n"))
 	if got := runCLI(t, noWorkerEnv, "", "replay", "task-1", "--wait", "--url", f.URL); got.code != 124 || got.stdout != "again\n" {
 		t.Errorf("replay --wait gives %+v", got)
 	}
@@ -350,7 +358,7 @@ func TestReplay(t *testing.T) {
 	f.set("GET /job/task-3", `{"event":"a","status":"finish"}`)
 	f.set("GET /job/task-4", `{"event":"a","status":"finish"}`)
 	f.set("GET /job/task-4/data", `[1]`)
-	f.calls = nil
+	f.called()
 	for id, want := range map[string]string{
 		"task-2": "task task-2 has not ended: it is running [ERR-26112300715]",
 		"task-3": "the data of task task-3 is no longer kept",
@@ -362,8 +370,8 @@ func TestReplay(t *testing.T) {
 			t.Errorf("replay %s: %+v; want exit 1 and %q", id, got, want)
 		}
 	}
-	if strings.Contains(f.called(), "POST") {
-		t.Errorf("something was created: %s", f.called())
+	if asked := f.called(); strings.Contains(asked, "POST") {
+		t.Errorf("something was created: %s", asked)
 	}
 }
 
@@ -391,9 +399,10 @@ func TestStatus(t *testing.T) {
 			t.Errorf("status lacks %q:\n%s", want, got.stdout)
 		}
 	}
+	asked := f.called()
 	for _, want := range []string{"GET /jobs?limit=10&status=running", "GET /jobs?limit=10&status=queued"} {
-		if !strings.Contains(f.called(), want) {
-			t.Errorf("status asked %s", f.called())
+		if !strings.Contains(asked, want) {
+			t.Errorf("status asked %s", asked)
 		}
 	}
 

@@ -77,7 +77,8 @@ func untilSignal(ctx context.Context) (context.Context, func()) {
 	}
 }
 
-// follow copies a task's log to out until the task has ended, and gives its record.
+// follow copies a task's log to out until the task has ended, and gives its record. A worker that is away for longer
+// than patience is given up, and so is the log of an ended task that keeps breaking.
 func (c *workerClient) follow(ctx context.Context, id string, out io.Writer) (taskReply, error) {
 	var printed int64
 	answered, pause := time.Now(), 100*time.Millisecond
@@ -95,7 +96,7 @@ func (c *workerClient) follow(ctx context.Context, id string, out io.Writer) (ta
 			return record, ctx.Err()
 		case err == nil && record.Status.final() && (logErr == nil || errors.As(logErr, &refused) && !mayPass(logErr)):
 			return record, nil
-		case err == nil:
+		case err == nil && !record.Status.final():
 			answered = time.Now()
 		case isRefusal && !mayPass(err) && refused.status != http.StatusNotFound:
 			return record, err

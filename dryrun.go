@@ -14,8 +14,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"slices"
-	"strings"
+
 	"time"
 )
 
@@ -135,23 +134,9 @@ func (d *dryRunner) program(label, cmd, dir string, extra map[string]string) {
 	switch {
 	case err == nil:
 		d.ok("%s: %s is %s", label, name, path)
-	case hasShell() && slices.Contains(shellWords(hostShell), name):
-		d.ok("%s: %s is the shell's own", label, name)
 	default:
 		d.fail("install it, write its whole path, or put its folder on PATH", "%s: program %q: %v", label, name, err)
 	}
-}
-
-// shellWords are the commands and first words that a shell has built in.
-func shellWords(shell shellKind) []string {
-	if shell == shellPOSIX {
-		return strings.Fields(`. : ! [ { ( alias bg break case cd command continue echo eval exec exit export false fc
-			fg for getopts hash if jobs kill newgrp printf pwd read readonly return set shift test times trap true
-			type ulimit umask unalias unset until wait while`)
-	}
-	return strings.Fields(`assoc call cd chdir cls color copy date del dir echo endlocal erase exit for ftype goto if
-		md mkdir mklink move path pause popd prompt pushd rd rem ren rename rmdir set setlocal shift start time title
-		type ver verify vol`)
 }
 
 // dataDir checks that the data folder can be written, or created where it is not there yet.

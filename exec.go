@@ -12,6 +12,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -132,6 +133,12 @@ func (c *command) start(ctx context.Context) (*runningCommand, error) {
 	path, argv, err := c.program()
 	if err != nil {
 		return nil, err
+	}
+	for _, entry := range c.env {
+		if strings.IndexByte(entry, 0) >= 0 {
+			name, _, _ := strings.Cut(entry, "=")
+			return nil, execError("start command", fmt.Errorf("%q in its environment holds a NUL byte", name), "")
+		}
 	}
 	// os/exec knows how to drop what a later entry overrides, by each system's rules, and what Windows must have.
 	env := (&exec.Cmd{Env: c.env, Dir: c.dir}).Environ()
@@ -367,7 +374,7 @@ func (c *command) startError(path string, argv []string, err error) error {
 			return execError("enter working folder", fmt.Errorf("%q is not a folder", c.dir), "correct working_dir")
 		}
 	}
-	cause, hint := explainStart(path, argv, err)
+	hint, cause := explainStart(path, argv, err)
 	return execError(fmt.Sprintf("start program %q", path), cause, hint)
 }
 

@@ -34,7 +34,8 @@ type outputReader struct {
 }
 
 func newOutputReader(stream outputStream, pipe *os.File) *outputReader {
-	return &outputReader{stream: stream, pipe: pipe, done: make(chan struct{}), waits: pipe.SetReadDeadline(time.Time{}) == nil}
+	waits := pipe.SetReadDeadline(time.Time{}) == nil
+	return &outputReader{stream: stream, pipe: pipe, done: make(chan struct{}), waits: waits}
 }
 
 // copy hands over the stream until its end. When the group is gone but something outside it keeps the pipe open, the

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -181,46 +182,44 @@ func sameEnvName(a, b string) bool { return a == b }
 // isTransient reports whether starting may succeed in a moment: a limit on processes, memory or files was hit, or the
 // program is still open for writing, perhaps only in a process just being forked.
 func isTransient(err error) bool {
-	for _, errno := range []syscall.Errno{syscall.EAGAIN, syscall.ENOMEM, syscall.ETXTBSY, syscall.EMFILE, syscall.ENFILE} {
-		if errors.Is(err, errno) {
-			return true
-		}
-	}
-	return false
+	var errno syscall.Errno
+	return errors.As(err, &errno) && slices.Contains([]syscall.Errno{
+		syscall.EAGAIN, syscall.ENOMEM, syscall.ETXTBSY, syscall.EMFILE, syscall.ENFILE,
+	}, errno)
 }
 
 // explainStart says in a person's words why path was not started, and what to do.
-func explainStart(path string, argv []string, err error) (cause error, hint string) {
+func explainStart(path string, argv []string, err error) (hint string, cause error) {
 	switch {
 	case errors.Is(err, syscall.EAGAIN):
-		return err, "the limit on processes of this user or container is reached (ulimit -u, pids.max)"
+		return "the limit on processes of this user or container is reached (ulimit -u, pids.max)", err
 	case errors.Is(err, syscall.ENOMEM):
-		return err, "the host is out of memory"
+		return "the host is out of memory", err
 	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
-		return err, "the limit on open files is reached (ulimit -n, fs.file-max)"
+		return "the limit on open files is reached (ulimit -n, fs.file-max)", err
 	case errors.Is(err, syscall.ETXTBSY):
-		return err, "the program is open for writing: whoever copies it has not finished"
+		return "the program is open for writing: whoever copies it has not finished", err
 	case errors.Is(err, syscall.E2BIG):
 		size := 0
 		for _, arg := range argv {
 			size += len(arg)
 		}
-		return fmt.Errorf("%w: %d bytes", err, size),
-			"pass large data through the file {{task_id}}.json instead of the command line"
+		return "pass large data through the file {{task_id}}.json instead of the command line",
+			fmt.Errorf("%w: %d bytes", err, size)
 	case errors.Is(err, syscall.EINVAL):
-		return err, "an argument or a value of the environment holds a NUL byte"
+		return "an argument holds a NUL byte", err
 	case errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.EACCES):
 		head, isScript := strings.CutPrefix(string(fileHead(path)), "#!")
 		if line, _, _ := strings.Cut(head, "\n"); isScript {
 			interpreter, _, _ := strings.Cut(strings.TrimLeft(line, " \t"), " ")
-			return fmt.Errorf("its interpreter %q: %w", filepath.Clean(interpreter), err),
-				"install it, or correct the script's first line (a \\r at its end comes from a Windows editor)"
+			return "install it, or correct the script's first line (a \\r at its end comes from a Windows editor)",
+				fmt.Errorf("its interpreter %q: %w", filepath.Clean(interpreter), err)
 		}
 		if errors.Is(err, syscall.ENOENT) {
-			return err, "the file is there, its loader is not: the program was built for another system or C library"
+			return "the file is there, its loader is not: the program was built for another system or C library", err
 		}
 	}
-	return err, ""
+	return "", err
 }
 
 // maxRSS is in bytes. Only Darwin's kernel counts in them.

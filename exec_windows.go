@@ -188,7 +188,8 @@ func checkArguments(path string, args []string) error {
 	}
 	for _, arg := range args {
 		if strings.ContainsAny(arg, "\"%!^&|<>()\r\n") {
-			return execError(fmt.Sprintf("start batch file %q", path), errors.New("an argument holds a character that cmd.exe interprets"),
+			return execError(fmt.Sprintf("start batch file %q", path),
+				errors.New("an argument holds a character that cmd.exe interprets"),
 				"pass the data through the file {{task_id}}.json instead")
 		}
 	}
@@ -223,7 +224,7 @@ func sameEnvName(a, b string) bool { return strings.EqualFold(a, b) }
 // isTransient: nothing that Windows reports at a start passes by itself.
 func isTransient(error) bool { return false }
 
-func explainStart(_ string, _ []string, err error) (cause error, hint string) { return err, "" }
+func explainStart(_ string, _ []string, err error) (hint string, cause error) { return "", err }
 
 // maxRSS is not told by os.
 func maxRSS(*os.ProcessState) int64 { return 0 }

@@ -128,7 +128,7 @@ func TestJournalReopen(t *testing.T) {
 		with("queued", func(*journalTask) {}),
 		with("running", func(t *journalTask) { t.Attempts, t.Crashes, t.Process = 1, 1, p }),
 		with("returned", func(t *journalTask) { t.Attempts = 1 }),
-		with("retrying", func(t *journalTask) { t.Attempts, t.Due = 1, due }),
+		with("retrying", func(t *journalTask) { t.Attempts, t.Failures, t.Due = 1, 1, due }),
 		with("crashed-twice", func(t *journalTask) { t.Attempts, t.Crashes, t.Process = 2, 2, p }),
 		with("finished", func(t *journalTask) { t.Attempts, t.Outcome = 1, &outcome }),
 		with("held", func(t *journalTask) { t.Held = true }),
@@ -299,6 +299,9 @@ func TestJournalTornAtEveryByte(t *testing.T) {
 		must(t, j.close())
 		j, tasks = mustOpenJournal(t, dir, smallJournal)
 		assertTasks(t, j, tasks, want)
+		if torn := j.stats().TornBytes; torn != 0 {
+			t.Fatalf("cut at %d: %d bytes are torn again", size, torn)
+		}
 		must(t, j.close())
 	}
 }
@@ -708,6 +711,28 @@ func TestJournalFailedSyncIsNoAcceptance(t *testing.T) {
 	must(t, j.close())
 	j, tasks := mustOpenJournal(t, dir, defaultJournalSizes())
 	assertTasks(t, j, tasks, map[string]string{"after": "1"})
+}
+
+// Nobody hears of an outcome that a crash could still take back.
+func TestJournalOutcomeOnceDurable(t *testing.T) {
+	j, _ := mustOpenJournal(t, t.TempDir(), defaultJournalSizes())
+	mustAccept(t, j, "a", "")
+	gate := gatedFile{j.tail().file, make(chan bool), make(chan error), make(chan bool)}
+	j.mu.Lock()
+	j.tail().file = gate
+	j.mu.Unlock()
+	done := make(chan error)
+	go func() { done <- j.finished(outcomeOf("a")) }()
+	<-gate.begun
+	if status, known := j.outcome("a"); known {
+		t.Errorf("outcome before the sync: %q", status)
+	}
+	gate.end <- nil
+	must(t, <-done)
+	if status, _ := j.outcome("a"); status != statusFinish {
+		t.Errorf("outcome after the sync: %q", status)
+	}
+	close(gate.open)
 }
 
 // However many wait, they share syncs.

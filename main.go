@@ -66,6 +66,7 @@ A first session:
 type invocation struct {
 	command string
 	args    []string // what follows the command
+	dashes  bool     // "--" stood before the last of them
 	flags   map[string]bool
 
 	config     string
@@ -163,7 +164,7 @@ func parseCommandLine(args []string) (*invocation, error) {
 
 	var verbatim []string
 	if i := slices.Index(args, "--"); i >= 0 {
-		args, verbatim = args[:i], args[i+1:]
+		args, verbatim, inv.dashes = args[:i], args[i+1:], true
 	}
 	var words []string
 	for len(args) > 0 {
@@ -224,11 +225,14 @@ func (inv *invocation) configFile() string {
 
 // printError tells a person what went wrong: the error, its code, and what would help.
 func (inv *invocation) printError(err error) {
-	fmt.Fprintf(inv.stderr, "job_item: %v\n", err)
+	text := err.Error()
+	if code := codeOf(err); code != "" && strings.Contains(text, "\n") {
+		text += "\n[" + string(code) + "]" // a list of problems: it is no part of the last
+	} else if code != "" {
+		text += " [" + string(code) + "]"
+	}
+	fmt.Fprintf(inv.stderr, "job_item: %s\n", text)
 	if hint := hintOf(err); hint != "" {
 		fmt.Fprintf(inv.stderr, "  %s\n", hint)
-	}
-	if code := codeOf(err); code != "" {
-		fmt.Fprintf(inv.stderr, "  %s\n", code)
 	}
 }

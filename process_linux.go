@@ -84,25 +84,14 @@ func eachProcess(visit func(procStat)) bool {
 	return found
 }
 
-// staleProcesses finds what is alive of the tasks, in one look at /proc.
-func staleProcesses(tasks []staleTask, boot string) []staleProcess {
-	living := map[int][]procStat{} // by group
-	all := map[int]procStat{}
-	eachProcess(func(p procStat) {
-		all[p.pid] = p
-		if !p.dead() {
-			living[p.pgrp] = append(living[p.pgrp], p)
-		}
-	})
-	var remaining []staleProcess
+// strayProcesses finds the living processes that carry the id of one of the tasks, in one look at /proc.
+func strayProcesses(tasks []staleTask, boot string) (strays []staleProcess) {
 	byID := map[string]staleTask{}
 	for _, t := range tasks {
 		byID["JOB_ITEM_TASK_ID="+t.taskID] = t
-		leader, there := all[t.process.PID]
-		if there && t.recordedLeader(boot) && leader.start == t.process.Start && len(living[leader.pid]) > 0 {
-			remaining = append(remaining, staleProcess{t.process, true})
-		}
 	}
+	all := map[int]procStat{}
+	eachProcess(func(p procStat) { all[p.pid] = p })
 	for pid := os.Getpid(); pid > 0; { // neither ourselves nor those we descend from
 		p := all[pid]
 		delete(all, pid)
@@ -111,13 +100,13 @@ func staleProcesses(tasks []staleTask, boot string) []staleProcess {
 	var environ bytes.Buffer
 	for _, p := range all {
 		if !p.dead() && carriesTask(p.pid, &environ, byID) {
-			remaining = append(remaining, staleProcess{processIdentity{p.pid, p.start, boot}, false})
+			strays = append(strays, staleProcess{processIdentity{p.pid, p.start, boot}, false})
 		}
 	}
-	return remaining
+	return strays
 }
 
-// carriesTask reports whether a process was started with the environment of one of the tasks, by "JOB_ITEM_TASK_ID=…".
+// carriesTask reports whether a process was started in the environment of one of the tasks (by "JOB_ITEM_TASK_ID=…").
 // The kernel shows it only of processes that we could end, too.
 func carriesTask(pid int, environ *bytes.Buffer, byID map[string]staleTask) bool {
 	file, err := os.Open("/proc/" + strconv.Itoa(pid) + "/environ")

@@ -2,18 +2,7 @@
 
 package main
 
-// process_other.go finds a dead worker's processes where environments of others cannot be read: by the leader only.
-// A group whose leader has ended cannot be told from a later one with its number, and is left alone.
+// process_other.go: where environments of others cannot be read, a dead worker's processes are found by the leader of
+// their group only. What left that group, or has outlived its leader, is left alone.
 
-import "syscall"
-
-// staleProcesses finds the recorded leaders that are there still.
-func staleProcesses(tasks []staleTask, boot string) []staleProcess {
-	var remaining []staleProcess
-	for _, t := range tasks {
-		if t.recordedLeader(boot) && processStart(t.process.PID) == t.process.Start && syscall.Kill(-t.process.PID, 0) == nil {
-			remaining = append(remaining, staleProcess{t.process, true})
-		}
-	}
-	return remaining
-}
+func strayProcesses([]staleTask, string) []staleProcess { return nil }

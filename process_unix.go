@@ -7,6 +7,8 @@ package main
 import (
 	"fmt"
 	"os"
+	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -24,11 +26,18 @@ type staleProcess struct {
 // and those it descends from are never touched. An error (codeStaleGroup) names what could not be ended.
 func endStaleGroups(tasks []staleTask, killAfter time.Duration) error {
 	boot := bootID()
+	var groups []staleProcess
+	for _, t := range tasks {
+		if t.hasLeader(boot) {
+			groups = append(groups, staleProcess{t.process, true})
+		}
+	}
 	killAt := time.Now().Add(killAfter)
 	giveUpAt := killAt.Add(unkillableWait)
 	asked := map[staleProcess]bool{}
 	for pause := time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
-		remaining := staleProcesses(tasks, boot)
+		groups = slices.DeleteFunc(groups, staleProcess.groupGone)
+		remaining := append(strayProcesses(tasks, boot), groups...)
 		if len(remaining) == 0 {
 			return nil
 		}
@@ -62,7 +71,28 @@ func staleError(remaining []staleProcess) error {
 		"look at them with ps, and end them by hand")
 }
 
-// signal sends to that very process and no later bearer of its number.
+// hasLeader reports whether the process that was recorded for t is there still, beyond doubt.
+func (t staleTask) hasLeader(boot string) bool {
+	p := t.process
+	return p.PID > 1 && p.Start != "" && boot != "" && p.Boot == boot && processStart(p.PID) == p.Start
+}
+
+// groupGone reports that nothing of a group is alive. The group may outlive its leader, whose number then stays taken.
+func (p staleProcess) groupGone() bool {
+	if !p.unchanged() {
+		return true
+	}
+	err := syscall.Kill(-p.PID, 0)
+	return err == syscall.ESRCH || err == syscall.EPERM && runtime.GOOS != "linux" || processGroup{p.PID}.dead()
+}
+
+// unchanged reports that the number is not another process's by now.
+func (p staleProcess) unchanged() bool {
+	start := processStart(p.PID)
+	return start == p.Start || start == "" && p.group
+}
+
+// signal sends to that very process or group and no later bearer of its number.
 func (p staleProcess) signal(signals ...syscall.Signal) {
 	// Where the system has handles on processes, this one is opened first and then found to be the right one.
 	process, err := os.FindProcess(p.PID)
@@ -70,7 +100,7 @@ func (p staleProcess) signal(signals ...syscall.Signal) {
 		return
 	}
 	defer process.Release()
-	if processStart(p.PID) != p.Start {
+	if !p.unchanged() {
 		return
 	}
 	for _, signal := range signals {
@@ -80,9 +110,4 @@ func (p staleProcess) signal(signals ...syscall.Signal) {
 			process.Signal(signal)
 		}
 	}
-}
-
-// recordedLeader reports whether t names a process of this boot beyond doubt.
-func (t staleTask) recordedLeader(boot string) bool {
-	return t.process.PID > 1 && t.process.Start != "" && boot != "" && t.process.Boot == boot
 }

@@ -37,6 +37,9 @@ const (
 
 // runSave is `save` and `save -- COMMAND ARG…`.
 func runSave(ctx context.Context, inv *invocation) int {
+	if len(inv.args) > 0 && !inv.dashes {
+		return inv.usageError("the command that save is to run stands after --")
+	}
 	target, err := notificationURL()
 	if err != nil {
 		inv.printError(err)

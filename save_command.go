@@ -97,7 +97,7 @@ func (c *savedCommand) start(s *saver) error {
 		errOut.Close()
 		return err
 	}
-	c.pipes = []*outputPipe{{File: out}, {File: errOut}}
+	c.pipes = []*outputPipe{{file: out}, {file: errOut}}
 	c.copied = make(chan error, len(c.pipes))
 	streams := []*savedStream{s.stream(c.pipes[0], s.inv.stdout), s.stream(c.pipes[1], s.inv.stderr)}
 	for _, stream := range streams {
@@ -121,7 +121,7 @@ func (c *savedCommand) wait() error {
 		err = errors.Join(err, <-c.copied)
 	}
 	for _, pipe := range c.pipes {
-		pipe.Close()
+		pipe.file.Close()
 	}
 	return err
 }
@@ -130,7 +130,7 @@ func (c *savedCommand) wait() error {
 // there, and then ends, although a process that the command has started may hold it open. Time counts only while there
 // is nothing to read: a receiver that holds us up must not cost the last lines.
 type outputPipe struct {
-	*os.File
+	file  *os.File // not embedded: io.Copy would find its WriteTo and pass Read by
 	ended atomic.Bool
 
 	// Used by the reader alone, once ended.
@@ -141,9 +141,9 @@ type outputPipe struct {
 // endSoon says that the command has ended.
 func (p *outputPipe) endSoon() {
 	p.ended.Store(true)
-	if p.SetReadDeadline(time.Now().Add(saveLinger)) != nil {
+	if p.file.SetReadDeadline(time.Now().Add(saveLinger)) != nil {
 		// This system cannot interrupt a read of a pipe (Windows): closing it does.
-		time.AfterFunc(saveLinger, func() { p.Close() })
+		time.AfterFunc(saveLinger, func() { p.file.Close() })
 	}
 }
 
@@ -152,11 +152,11 @@ func (p *outputPipe) Read(buf []byte) (int, error) {
 		if p.waited >= saveLinger || p.read >= savePipeBytes {
 			return 0, io.EOF
 		}
-		p.SetReadDeadline(time.Now().Add(saveLinger - p.waited))
+		p.file.SetReadDeadline(time.Now().Add(saveLinger - p.waited))
 		begin := time.Now()
 		defer func() { p.waited += time.Since(begin) }()
 	}
-	n, err := p.File.Read(buf)
+	n, err := p.file.Read(buf)
 	if p.ended.Load() {
 		p.read += n
 		if err != nil {

@@ -75,7 +75,8 @@ func (c *messageCutter) addWhole(data []byte) (rest []byte) {
 }
 
 func (c *messageCutter) addRune(r rune) {
-	if len(c.text)+utf8.RuneLen(r) > c.limit {
+	// Twice when a line end comes early: the rest of the first cut may be as good as full.
+	for len(c.text)+utf8.RuneLen(r) > c.limit {
 		c.cut()
 	}
 	c.text = utf8.AppendRune(c.text, r)

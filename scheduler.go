@@ -39,14 +39,6 @@ func newScheduler(slots int, start func(*task)) *scheduler {
 	return &scheduler{start: start, slots: slots, paused: map[string]bool{}, lanes: map[string]*lane{}}
 }
 
-// setSlots changes how many tasks run at once.
-func (s *scheduler) setSlots(slots int) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.slots = slots
-	s.fill()
-}
-
 // setLimit changes how many tasks of one job run at once.
 func (s *scheduler) setLimit(event string, limit int) {
 	s.mu.Lock()

@@ -209,7 +209,7 @@ func (w *worker) runCommand(ctx context.Context, t *task, runner *jobRunner) (a 
 	c := command{
 		argv: rendered.argv, line: rendered.line, dir: runner.job.WorkingDir,
 		env:       runner.taskEnv(w.cfg, w.baseURL, t.id, t.attempts+1),
-		killAfter: w.cfg.KillAfter, hurry: w.hurry,
+		killAfter: w.cfg.KillAfter, hurry: w.hurry, spawn: w.spawner,
 		started: func(p processIdentity) error {
 			if err := w.taskRuns(t, p); err != nil {
 				a.hostFault = true
@@ -227,6 +227,9 @@ func (w *worker) runCommand(ctx context.Context, t *task, runner *jobRunner) (a 
 	}
 	a.exit, a.err = c.run(ctx)
 	a.hostFault = a.hostFault || isHostFault(a.err)
+	if a.exit.left != "" {
+		w.log.Error("processes of a task could not be ended", "task", t.id, "err", a.exit.left)
+	}
 	a.stderrTail = tail.text()
 	if a.err == nil && a.exit.code == 0 {
 		a.status = statusFinish

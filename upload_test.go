@@ -11,22 +11,27 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
 
-// A manager takes files and results, after as many refusals as it was given.
-type manager struct {
+// A handOverServer takes files and results, after as many refusals as it was given.
+type handOverServer struct {
 	*httptest.Server
+
+	mu       sync.Mutex // guards the rest
 	statuses []int
 	auth     []string
 	lengths  []int64
 	bodies   map[string]string // by file name; a result by ""
 }
 
-func newManager(t testing.TB, statuses ...int) *manager {
-	m := &manager{statuses: statuses, bodies: map[string]string{}}
+func newHandOverServer(t testing.TB, statuses ...int) *handOverServer {
+	m := &handOverServer{statuses: statuses, bodies: map[string]string{}}
 	m.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		m.mu.Lock()
+		defer m.mu.Unlock()
 		m.auth = append(m.auth, r.Header.Get("Authorization"))
 		m.lengths = append(m.lengths, r.ContentLength)
 		if len(m.statuses) > 0 {
@@ -53,7 +58,7 @@ func newManager(t testing.TB, statuses ...int) *manager {
 	return m
 }
 
-func (m *manager) env() []string {
+func (m *handOverServer) env() []string {
 	return []string{"JOB_MANAGER_UPLOAD_FILE=" + m.URL + "/file/t", "JOB_MANAGER_RESULT_URL=" + m.URL + "/result/t",
 		"JOB_ITEM_PROJECT_KEY=the-key"}
 }
@@ -70,7 +75,7 @@ func TestUpload(t *testing.T) {
 	big := strings.Repeat("0123456789abcdef", 1<<18)
 	a, b, empty := write(`a "quoted" é.txt`, "text\x00"), write("b.bin", big), write("empty", "")
 
-	m := newManager(t, 503, 429) // and then well
+	m := newHandOverServer(t, 503, 429) // and then well
 	got := runCLI(t, m.env(), "", "upload", a, b, empty)
 	if got != (cliResult{"", "", 0}) {
 		t.Errorf("upload gives %+v", got)
@@ -85,7 +90,7 @@ func TestUpload(t *testing.T) {
 	}
 
 	// All are tried, and each failure is named.
-	m = newManager(t, 413)
+	m = newHandOverServer(t, 413)
 	got = runCLI(t, m.env(), "", "upload", a, filepath.Join(dir, "missing"), dir, b)
 	if got.code != 1 || m.bodies["b.bin"] != big || len(m.bodies) != 1 {
 		t.Errorf("upload with failures: exit %d, %d files", got.code, len(m.bodies))
@@ -102,7 +107,7 @@ func TestUpload(t *testing.T) {
 
 // The key goes to the host that was named, not to where that sends us.
 func TestUploadFollowsNoRedirect(t *testing.T) {
-	thief := newManager(t)
+	thief := newHandOverServer(t)
 	redirecting := httptest.NewServer(http.RedirectHandler(thief.URL, http.StatusTemporaryRedirect))
 	defer redirecting.Close()
 	got := runCLI(t, []string{"JOB_MANAGER_RESULT_URL=" + redirecting.URL, "JOB_ITEM_PROJECT_KEY=the-key"}, "", "result", "{}")
@@ -115,7 +120,7 @@ func TestUploadRefusals(t *testing.T) {
 	dir := t.TempDir()
 	control := filepath.Join(dir, "a\nb")
 	os.WriteFile(control, []byte("x"), 0o600) // fails where such names do not exist, and so does the upload
-	m := newManager(t)
+	m := newHandOverServer(t)
 	for _, c := range []struct {
 		env  []string
 		args []string
@@ -158,13 +163,13 @@ func TestResult(t *testing.T) {
 		{[]string{"-"}, "[1, 2]\n", `[1, 2]`},
 		{nil, `{"from":"pipe"}`, `{"from":"pipe"}`},
 	} {
-		m := newManager(t, 500)
+		m := newHandOverServer(t, 500)
 		got := runCLI(t, m.env(), c.stdin, append([]string{"result"}, c.args...)...)
 		if got != (cliResult{"", "", 0}) || m.bodies[""] != c.want || m.auth[1] != "Bearer the-key" {
 			t.Errorf("result %q gives %+v, the manager has %q", c.args, got, m.bodies[""])
 		}
 	}
-	m := newManager(t, 403)
+	m := newHandOverServer(t, 403)
 	if got := runCLI(t, m.env(), "", "result", "{}"); got.code != 1 || !strings.Contains(got.stderr, "status 403 [ERR-5]") {
 		t.Errorf("a refused result: %+v", got)
 	}

@@ -34,6 +34,8 @@ type worker struct {
 	queue   *scheduler
 	started time.Time
 
+	spawner *spawner
+
 	// Set by open, once the journal could be opened.
 	journal  *journal
 	reporter *reporter
@@ -77,7 +79,7 @@ var (
 func newWorker(cfg *Config, baseURL string, recs *records, bus *eventBus, log *slog.Logger) (*worker, error) {
 	w := &worker{
 		cfg: cfg, baseURL: baseURL, log: log, bus: bus, records: recs,
-		broker: newLocalBroker(), jobs: map[string]*jobRunner{}, started: time.Now(),
+		broker: newLocalBroker(), spawner: startSpawner(), jobs: map[string]*jobRunner{}, started: time.Now(),
 		state: stateStarting, hurry: make(chan struct{}), known: map[string]*task{}, problems: map[string]string{},
 	}
 	w.ctx, w.cancel = context.WithCancelCause(context.Background())
@@ -117,7 +119,10 @@ func (w *worker) open(ctx context.Context) error {
 		pause = min(2*pause, 5*time.Second)
 	}
 	w.setProblem("journal", "")
-
+	if found := w.journal.stats(); found.TornBytes > 0 || found.DamagedBytes > 0 {
+		w.log.Warn("journal was not whole: a last write was interrupted, or the disk is unsound",
+			"torn_bytes", found.TornBytes, "damaged_bytes", found.DamagedBytes)
+	}
 	w.reporter = newReporter(w.broker, hostID(), w.log, w.settle)
 	w.bus.subscribe(w.reporter.handle)
 	w.recover(found)
@@ -387,6 +392,7 @@ func (w *worker) drain(ctx context.Context) {
 
 // close reports and writes what is left, after drain.
 func (w *worker) close() {
+	w.spawner.close()
 	if w.journal == nil {
 		return
 	}

@@ -48,7 +48,7 @@ func cliCommand(t testing.TB, env []string, args ...string) *exec.Cmd {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(self, args...)
-	cmd.Env = append(append(os.Environ(), "JOB_ITEM_TEST_MAIN=1"), env...)
+	cmd.Env = append(append(os.Environ(), "JOB_ITEM_TEST_MAIN=1", "GORACE=atexit_sleep_ms=0"), env...)
 	return cmd
 }
 
