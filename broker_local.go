@@ -5,7 +5,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"sync"
 )
 
@@ -71,7 +70,7 @@ func (b *localBroker) publish(subject string, data []byte) error {
 	return refused
 }
 
-func (b *localBroker) Subscribe(subject string, handle func(data []byte)) (func(), error) {
+func (b *localBroker) Subscribe(subject string, handle func(data []byte)) func() {
 	added := &localSubscription{handle: handle}
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -86,18 +85,19 @@ func (b *localBroker) Subscribe(subject string, handle func(data []byte)) (func(
 		if len(b.subscriptions[subject]) == 0 {
 			delete(b.subscriptions, subject)
 		}
-	}, nil
+	}
 }
 
-// Consume has no use for limit: what waits, waits in the journal.
-func (b *localBroker) Consume(subject string, _ int, handle func(Delivery)) (Consumer, error) {
+func (b *localBroker) SubscribeAll(subject string, handle func(data []byte)) func() {
+	return b.Subscribe(subject, handle)
+}
+
+// Consume has no use for slots: what waits, waits in the journal.
+func (b *localBroker) Consume(subject string, _ Slots, handle func(Delivery)) Consumer {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.consumers[subject] != nil {
-		return nil, fmt.Errorf("subject %q is being consumed already", subject)
-	}
 	b.consumers[subject] = handle
-	return &localConsumer{b, subject}, nil
+	return &localConsumer{b, subject}
 }
 
 func (b *localBroker) Close() error { return nil }
@@ -107,7 +107,7 @@ type localConsumer struct {
 	subject string
 }
 
-func (c *localConsumer) SetLimit(int) {}
+func (c *localConsumer) Wake() {}
 
 func (c *localConsumer) Stop() {
 	c.broker.mu.Lock()

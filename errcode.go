@@ -26,8 +26,6 @@ const (
 	// A message on a job's subject is no task: not JSON, too large, with an id that cannot name a file, or with an unknown
 	// action. It is acknowledged and never run. Mend whoever sent it.
 	codeMessage errCode = "ERR-26112300901"
-	// A job's subject could not be consumed. The worker ends and is started again; look at the broker's own message.
-	codeConsume errCode = "ERR-26112300902"
 	// A task was started max_deliveries times and took its worker down each time. It ends with error; find out what the
 	// command does to the host before it is sent again.
 	codeGivenUp errCode = "ERR-26112300903"
@@ -50,6 +48,12 @@ const (
 	codeTerminateUnknown errCode = "ERR-26112300910"
 	// The task to terminate has ended already.
 	codeTerminateEnded errCode = "ERR-26112300911"
+)
+
+// Brokers.
+const (
+	// The configuration, or the manager, names a type of broker that this build does not know.
+	codeBrokerType errCode = "ERR-26112301001"
 )
 
 // The processes around the worker.

@@ -91,7 +91,7 @@ func (r *reporter) handle(e event) {
 // enqueue lets a message wait to be sent; settles is the task that it settles, if any.
 func (r *reporter) enqueue(subject string, data []byte, settles string) {
 	r.mu.Lock()
-	r.unsent = append(r.unsent, outgoing{Message{subject, data}, settles})
+	r.unsent = append(r.unsent, outgoing{Message{Subject: subject, Data: data}, settles})
 	r.bytes += len(data)
 	r.mu.Unlock()
 	r.wakeUp()

@@ -85,6 +85,21 @@ func (s *scheduler) done(event string) {
 	s.fill()
 }
 
+// free is how many more tasks of a job could start now, besides those that wait already.
+func (s *scheduler) free(event string) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.paused) > 0 {
+		return 0
+	}
+	waiting := 0
+	for _, l := range s.waiting {
+		waiting += len(l.tasks) - l.head
+	}
+	l := s.lane(event)
+	return max(0, min(s.slots-s.running-waiting, l.limit-l.running-(len(l.tasks)-l.head)))
+}
+
 // pause stops new tasks from being started for a reason; resume takes that reason back.
 func (s *scheduler) pause(reason string) {
 	s.mu.Lock()

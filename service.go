@@ -43,7 +43,7 @@ func (w *worker) create(ctx context.Context, appID, event string, formBody json.
 	if len(body) > maxMessageBytes {
 		return "", tooLarge("create task", maxMessageBytes)
 	}
-	if _, err := w.broker.Publish(ctx, Message{w.subject(event), body}); err != nil {
+	if _, err := w.broker.Publish(ctx, Message{Subject: w.subject(event), Data: body, Task: true}); err != nil {
 		return "", fail(codeCreatePublish, "create task", fmt.Errorf("%w: %w", errJournalAway, err))
 	}
 	return id, nil

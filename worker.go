@@ -127,10 +127,8 @@ func (w *worker) open(ctx context.Context) error {
 	w.bus.subscribe(w.reporter.handle)
 	w.recover(found)
 	for event, runner := range w.jobs {
-		consumer, err := w.broker.Consume(w.subject(event), runner.job.Limit, func(d Delivery) { w.take(runner.job.Event, d) })
-		if err != nil {
-			return fail(codeConsume, fmt.Sprintf("consume job %q", event), err)
-		}
+		slots := Slots{Limit: runner.job.Limit, Free: func() int { return w.queue.free(event) }}
+		consumer := w.broker.Consume(w.subject(event), slots, func(d Delivery) { w.take(event, d) })
 		w.mu.Lock()
 		w.consumers = append(w.consumers, consumer)
 		w.mu.Unlock()

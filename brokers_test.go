@@ -1,0 +1,119 @@
+//go:build unix
+
+package main
+
+// brokers_test.go holds what must be true of every broker, run against private real servers.
+
+import (
+	"fmt"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// A testServer is a private broker server, and what a Job Manager does with it.
+type testServer interface {
+	connection() string // the value of broker_connection as one YAML flow mapping, without durable
+	stop(t testing.TB)  // kill -9
+	start(t testing.TB) // again, on the same port, with the same data
+	publish(t testing.TB, subject, data string)
+	collect(t testing.TB) *collector // of every event that workers publish from now on
+}
+
+// A collector holds events in the order of their arrival.
+type collector struct {
+	mu     sync.Mutex
+	events []publishedEvent
+}
+
+type publishedEvent struct{ subject, data string }
+
+func (c *collector) add(subject, data string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.events = append(c.events, publishedEvent{subject, data})
+}
+
+// of gives a task's events, without the task's id in front.
+func (c *collector) of(taskID string) []publishedEvent {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var found []publishedEvent
+	for _, e := range c.events {
+		if rest, ok := strings.CutPrefix(e.subject, taskID); ok {
+			found = append(found, publishedEvent{rest, e.data})
+		}
+	}
+	return found
+}
+
+// finish waits for a task's _finish and gives its events.
+func (c *collector) finish(t testing.TB, taskID string) []publishedEvent {
+	t.Helper()
+	var events []publishedEvent
+	waitFor(t, 60*time.Second, func() string {
+		events = c.of(taskID)
+		if !slices.ContainsFunc(events, func(e publishedEvent) bool { return e.subject == "_finish" }) {
+			return fmt.Sprintf("no _finish of %s among %q", taskID, events)
+		}
+		return ""
+	})
+	return events
+}
+
+// A collector's deliveries, and what a broker's test may use to look at one broker alone.
+type brokerUnderTest struct {
+	Broker
+	connected chan error // what changed was called with
+}
+
+// openForTest opens a broker by its connection, waits until it is connected and closes it in the end.
+func openForTest(t testing.TB, config BrokerConfig, project, identity string) *brokerUnderTest {
+	t.Helper()
+	b := &brokerUnderTest{connected: make(chan error, 1000)}
+	opened, err := openBroker(brokerOptions{
+		config: config, project: project, identity: identity, log: newLogger(testLog{t}, &Config{LogLevel: -4}),
+		changed: func(err error) { b.connected <- err },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.Broker = opened
+	for {
+		select {
+		case err := <-b.connected:
+			if err == nil {
+				return b
+			}
+			t.Logf("not connected yet: %v", err)
+		case <-time.After(20 * time.Second):
+			t.Fatal("no connection within 20 s")
+		}
+	}
+}
+
+// testLog is a test's log as a writer, silent once the test is over.
+type testLog struct{ t testing.TB }
+
+func (l testLog) Write(p []byte) (int, error) {
+	if l.t.Context().Err() == nil {
+		l.t.Log(strings.TrimRight(string(p), "\n"))
+	}
+	return len(p), nil
+}
+
+// waitForPort waits until something accepts connections there.
+func waitForPort(t testing.TB, addr string) {
+	t.Helper()
+	waitFor(t, 60*time.Second, func() string {
+		conn, err := net.DialTimeout("tcp", addr, time.Second)
+		if err != nil {
+			return err.Error()
+		}
+		conn.Close()
+		return ""
+	})
+}
