@@ -188,7 +188,7 @@ func (p *workerProcess) run(ctx context.Context) error {
 			p.notify(notice{Ready: true})
 		case err := <-served:
 			if !p.stopping() {
-				return fail(codeServe, "serve the REST API on "+p.cfg.Listen, err)
+				return err
 			}
 			running = false
 		case <-p.stop:

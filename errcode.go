@@ -34,20 +34,9 @@ const (
 	codeDataFile errCode = "ERR-26112300904"
 	// A task's data file could not be written. Check that working_dir exists, may be written to and has room.
 	codeDataFileWrite errCode = "ERR-26112300905"
-	// A task was created while the worker was not ready yet. Try again in a moment; /health says what it waits for.
-	codeCreateEarly errCode = "ERR-26112300906"
-	// A task was created for a job that this worker does not have. Check event and app_id against the configuration.
-	codeCreateUnknown errCode = "ERR-26112300907"
 	// A task was created with data that is not JSON or is larger than a message may be (16 MiB). Put large data in a file
 	// or a store, and its place in the task.
 	codeCreateBody errCode = "ERR-26112300908"
-	// A created task could not be made safe: the journal cannot be written or the broker is away. It was not accepted;
-	// try again when /health is ok.
-	codeCreatePublish errCode = "ERR-26112300909"
-	// The task to terminate is not known here.
-	codeTerminateUnknown errCode = "ERR-26112300910"
-	// The task to terminate has ended already.
-	codeTerminateEnded errCode = "ERR-26112300911"
 )
 
 // Brokers.
@@ -64,8 +53,6 @@ const (
 	codeSocket errCode = "ERR-26112300802"
 	// A child process was started with --supervised and without a parent that talks to it. Leave the flag out.
 	codeLifeline errCode = "ERR-26112300803"
-	// The REST API stopped by itself. The worker ends and is started again.
-	codeServe errCode = "ERR-26112300804"
 	// run was asked for an event that the configuration does not have.
 	codeRunEvent errCode = "ERR-26112300805"
 	// run could not make a folder for its task. Check the folder for temporary files ($TMPDIR).
@@ -126,7 +113,7 @@ const (
 	// The records in data_dir could not be opened at start. Check that the folder may be read and written.
 	codeRecordsOpen errCode = "ERR-26112300601"
 	// Records, logs or notifications could not be written; tasks go on, and what is missing is marked. Usually the disk
-	// is full or read-only. Logged once, and once more when writing works again.
+	// is full or read-only. Logged when it begins, at most once a minute.
 	codeRecordWrite errCode = "ERR-26112300602"
 	// A record, log or file of a task could not be read back. Look at the cause; other records are not affected.
 	codeRecordRead errCode = "ERR-26112300603"
@@ -144,10 +131,8 @@ const (
 	codeRecordFile errCode = "ERR-26112300609"
 	// The task has left no such file, or its data was not kept.
 	codeRecordNotKept errCode = "ERR-26112300610"
-	// A finished task's record could not be put into words; a defect, please report it.
-	codeRecordEncode errCode = "ERR-26112300611"
 	// A task's result or data could not be written. Check the room on the disk of data_dir.
-	codeRecordFolder errCode = "ERR-26112300612"
+	codeRecordFolder errCode = "ERR-26112300611"
 )
 
 // REST API.
@@ -188,8 +173,6 @@ const (
 	codeHTTPNotOurs errCode = "ERR-26112300516"
 	// Too many events or logs are being read at once: 64 and 256. Close some readers.
 	codeHTTPReaders errCode = "ERR-26112300517"
-	// A file of a task could not be read.
-	codeHTTPFile errCode = "ERR-26112300518"
 )
 
 // Commands inside jobs and for people.

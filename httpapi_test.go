@@ -265,7 +265,8 @@ func TestAPIRefusals(t *testing.T) {
 		{"POST", "/job/create", `{"event":"a\r\nPUB"}`, nil, 400, codeHTTPBadRequest},
 		{"POST", "/job/create", `{"event":"a.>"}`, nil, 400, codeHTTPBadRequest},
 		{"POST", "/job/create", `{"event":"hello","app_id":"*"}`, nil, 400, codeHTTPBadRequest},
-		{"POST", "/job/create", `{"event":"hello","app_id":"` + strings.Repeat("p", 251) + `"}`, nil, 400, codeHTTPBadRequest},
+		{"POST", "/job/create", `{"event":"hello","app_id":"` + strings.Repeat("p", 251) + `"}`, nil,
+			400, codeHTTPBadRequest},
 		{"POST", "/job/create", `{"event":"hello","form_body":[]}`, nil, 400, codeHTTPBadRequest},
 		{"POST", "/job/create", `{"event":"hello","form_body":"x"}`, nil, 400, codeHTTPBadRequest},
 		{"POST", "/job/create", `{"event":"hello","form_body":{"d":` + deep + `}}`, nil, 400, codeHTTPBadRequest},
@@ -381,7 +382,8 @@ func TestAPIOnLoopbackKeepsWebPagesOut(t *testing.T) {
 		{"POST", "/job/create", job, []string{"Origin: https://evil.example"}, 403, codeHTTPOrigin},
 		{"POST", "/job/create", job, []string{"Origin: null"}, 403, codeHTTPOrigin},
 		{"POST", "/job/create", job, []string{"Origin: http://127.0.0.1:1"}, 403, codeHTTPOrigin},
-		{"POST", "/job/done/terminate", "", []string{"Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate"}, 403, codeHTTPOrigin},
+		{"POST", "/job/done/terminate", "", []string{"Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate"},
+			403, codeHTTPOrigin},
 		{"GET", "/jobs", "", []string{"Sec-Fetch-Site: same-site", "Sec-Fetch-Mode: no-cors"}, 403, codeHTTPOrigin},
 		{"GET", "/jobs", "", []string{"Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate"}, 200, ""},
 		{"GET", "/jobs", "", []string{"Sec-Fetch-Site: same-origin", "Origin: http://" + own}, 200, ""},
@@ -494,13 +496,17 @@ func TestAPIBoundsHeadersAndTime(t *testing.T) {
 	if got := a.call("GET", "/health", "", "X-Long: "+strings.Repeat("x", 2*maxHeaderBytes)); got.status != 431 {
 		t.Errorf("a long header = %d", got.status)
 	}
-	const file = "Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 999\r\n\r\n" +
-		"--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"f\"\r\n\r\nhalf"
+	const (
+		head = " HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999\r\nContent-Type: "
+		text = head + "application/json\r\n\r\n{"
+		file = head + "multipart/form-data; boundary=b\r\n\r\n" +
+			"--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"f\"\r\n\r\nhalf"
+	)
 	for slow, want := range map[string]string{
-		"GET /health HTTP/1.1\r\nHost: loc": "",
-		"POST /job/create HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{": " 408 ",
-		"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{":    " 404 ",
-		"POST /api/worker/job_record/file/done HTTP/1.1\r\nHost: localhost\r\n" + file:                                  " 408 ",
+		"GET /health HTTP/1.1\r\nHost: loc":            "",
+		"POST /job/create" + text:                      " 408 ",
+		"POST /nothing" + text:                         " 404 ",
+		"POST /api/worker/job_record/file/done" + file: " 408 ",
 	} {
 		connection, err := net.Dial("tcp", strings.TrimPrefix(a.base, "http://"))
 		if err != nil {

@@ -14,7 +14,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -69,8 +68,7 @@ func (f recordFilter) matches(status taskStatus, event string) bool {
 
 const (
 	defaultListLimit = 100
-	recordErrorBytes = 32 << 10 // of a record's error, the end is kept
-	openLogFiles     = 64       // log files kept open, all tasks together; others are opened for each write
+	openLogFiles     = 64 // log files kept open, all tasks together; others are opened for each write
 	tendPause        = 5 * time.Minute
 )
 
@@ -95,21 +93,6 @@ type records struct {
 	closed   bool
 
 	filesMu sync.Mutex // guards what is counted, rotated or replaced in task folders
-}
-
-// A liveTask is a task that has not finished.
-type liveTask struct {
-	id     string
-	folder atomic.Bool // it has a folder
-
-	mu        sync.Mutex // guards all below
-	started   bool       // else only its data is known, and the worker still lists it as queued
-	ended     bool
-	record    record // without what lies in the folder
-	data      []byte // nil when it is in the folder
-	output    *taskLog
-	announced int           // the attempt that the log says will follow
-	changed   chan struct{} // closed at the next output or at the end; nil when nobody waits
 }
 
 // openRecords opens the store in dir, the worker's data_dir, and forgets what retain no longer covers. Whatever in it
@@ -171,37 +154,6 @@ func (r *records) handle(e event) {
 		r.wrote(r.addNotification(e.TaskID, notification{Msg: e.Msg, CreatedAt: e.At}))
 	case taskFinished:
 		r.taskFinished(e)
-	}
-}
-
-// keepData remembers a task's data for a replay. It is called before the task starts; data must not change after it.
-// Large data is on disk on return, and an error then means that there can be no replay.
-func (r *records) keepData(id string, data []byte) error {
-	if !validTaskID(id) {
-		return fail(codeRecordTaskID, "keep data of a task", errTaskID)
-	}
-	t := r.liveTask(id)
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if len(data) <= inlineDataBytes && json.Valid(data) {
-		t.data = data
-		return nil
-	}
-	t.data = nil
-	return r.writeFolderFile(id, dataFile, data)
-}
-
-// release forgets a live task that was given back to its broker and will end elsewhere or later; what it left on disk
-// stays for its next start here.
-func (r *records) release(id string) {
-	r.mu.Lock()
-	t := r.live[id]
-	delete(r.live, id)
-	r.mu.Unlock()
-	if t != nil {
-		t.mu.Lock()
-		t.end()
-		t.mu.Unlock()
 	}
 }
 
@@ -375,191 +327,6 @@ func (r *records) close() error {
 	return r.index.close()
 }
 
-func (r *records) taskQueued(e taskQueued) {
-	r.mu.Lock()
-	t := r.live[e.TaskID]
-	r.mu.Unlock()
-	if t != nil {
-		t.mu.Lock()
-		defer t.mu.Unlock()
-		t.record.Status = statusQueued
-	}
-}
-
-func (r *records) taskStarted(e taskStarted) {
-	if !validTaskID(e.TaskID) {
-		return
-	}
-	t := r.liveTask(e.TaskID)
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.started = true
-	rec := &t.record
-	rec.TaskID, rec.Event, rec.Name, rec.Status = e.TaskID, e.Event, e.Name, statusRunning
-	rec.Attempt, rec.PID, rec.CreatedAt, rec.StartedAt = e.Attempt, e.PID, timeOrNil(e.CreatedAt), timeOrNil(e.At)
-	if e.Attempt > 1 && t.announced != e.Attempt {
-		r.separate(t, e.Attempt, attemptResumes(e.Attempt))
-	}
-}
-
-func (r *records) taskOutput(e taskOutput) {
-	r.mu.Lock()
-	t := r.live[e.TaskID]
-	r.mu.Unlock()
-	if t == nil {
-		return
-	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.ended {
-		return
-	}
-	t.record.OutputBytes += int64(len(e.Data))
-	r.wrote(r.appendLog(t, e.Data))
-}
-
-func (r *records) taskRetrying(e taskRetrying) {
-	r.mu.Lock()
-	t := r.live[e.TaskID]
-	r.mu.Unlock()
-	if t == nil {
-		return
-	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.ended {
-		return
-	}
-	t.record.Status = statusQueued
-	r.separate(t, e.Attempt+1, attemptFailed(e.Attempt, e.Reason))
-}
-
-// separate writes a line between two attempts into t's log. t.mu is held.
-func (r *records) separate(t *liveTask, next int, line string) {
-	t.announced = next
-	if t.output != nil && t.output.total > 0 && t.output.lastByte != '\n' {
-		line = "\n" + line
-	}
-	r.wrote(r.appendLog(t, []byte(line)))
-}
-
-// appendLog writes to t's log, which comes into being with the first output. t.mu is held.
-func (r *records) appendLog(t *liveTask, data []byte) error {
-	if t.output == nil {
-		r.mu.Lock()
-		limit := r.retain.Log
-		r.mu.Unlock()
-		t.output = newTaskLog(r.folder(t.id), limit, r.logSlots)
-	}
-	if !t.folder.Load() {
-		if err := r.makeFolder(t.id); err != nil {
-			t.output.skip(len(data))
-			return err
-		}
-	}
-	err := t.output.write(data)
-	t.wake()
-	return err
-}
-
-func (r *records) taskFinished(e taskFinished) {
-	if !validTaskID(e.TaskID) || !e.Status.final() {
-		return
-	}
-	r.mu.Lock()
-	t := r.live[e.TaskID]
-	r.mu.Unlock()
-	rec := record{
-		TaskID: e.TaskID, Event: e.Event, Name: e.Name, Status: e.Status, Attempt: e.Attempt, ExitCode: e.ExitCode,
-		Signal: e.Signal, PID: e.PID, CreatedAt: timeOrNil(e.CreatedAt), StartedAt: timeOrNil(e.StartedAt),
-		FinishedAt: timeOrNil(e.FinishedAt), CPUMS: e.CPU.Milliseconds(), MaxRSS: e.MaxRSS, Error: lastBytes(e.Error),
-	}
-	rec.DurationMS = durationMS(rec.StartedAt, rec.FinishedAt)
-	var data []byte
-	var hasFolder bool
-	if t != nil {
-		t.mu.Lock()
-		t.end()
-		rec.OutputBytes, data = t.record.OutputBytes, t.data
-		t.mu.Unlock()
-	} else if r.folderExists(e.TaskID) { // left by a worker that died between the journal's word and ours
-		hasFolder = true
-		if segments, err := readLogSegments(r.folder(e.TaskID)); err == nil {
-			rec.OutputBytes = logEnd(segments)
-		}
-	}
-	line, err := storedLine(rec, data)
-	if err != nil {
-		r.wrote(err)
-		return
-	}
-	entry := &indexEntry{
-		id: e.TaskID, event: e.Event, status: e.Status, line: line, folder: hasFolder,
-		created: unixNano(rec.CreatedAt), finished: unixNano(rec.FinishedAt),
-	}
-	r.mu.Lock()
-	if t := r.live[e.TaskID]; t != nil && t.folder.Load() {
-		entry.folder = true
-	}
-	err = r.index.add(entry)
-	delete(r.live, e.TaskID)
-	r.announce()
-	r.mu.Unlock()
-	r.wrote(err)
-	r.prune()
-}
-
-// liveTask gives the live task of that id, which comes into being if need be.
-func (r *records) liveTask(id string) *liveTask {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if t := r.live[id]; t != nil {
-		return t
-	}
-	t := &liveTask{id: id}
-	if r.folderExists(id) { // an earlier attempt's, before a crash
-		t.folder.Store(true)
-		if segments, err := readLogSegments(r.folder(id)); err == nil && len(segments) > 0 {
-			t.output = newTaskLog(r.folder(id), r.retain.Log, r.logSlots)
-			t.output.resume(segments)
-			t.record.OutputBytes = t.output.total
-		}
-	}
-	r.live[id] = t
-	r.announce()
-	return t
-}
-
-// announce wakes who waits for a task to become known. r.mu is held.
-func (r *records) announce() {
-	if r.appeared != nil {
-		close(r.appeared)
-		r.appeared = nil
-	}
-}
-
-// awaitTask waits until a task of that id is live or has finished; a finished one gives nil.
-func (r *records) awaitTask(ctx context.Context, id string) (*liveTask, error) {
-	for {
-		r.mu.Lock()
-		t, finished := r.live[id], r.index.byID[id] != nil
-		if t != nil || finished {
-			r.mu.Unlock()
-			return t, nil
-		}
-		if r.appeared == nil {
-			r.appeared = make(chan struct{})
-		}
-		appeared := r.appeared
-		r.mu.Unlock()
-		select {
-		case <-appeared:
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		}
-	}
-}
-
 // find gives a record without what lies in the task's folder, and whether there is one.
 func (r *records) find(id string) (rec record, folder, ok bool) {
 	r.mu.Lock()
@@ -670,30 +437,6 @@ func (r *records) prune() {
 	}
 }
 
-// end closes the log and wakes the followers for the last time. t.mu is held.
-func (t *liveTask) end() {
-	t.ended = true
-	if t.output != nil {
-		t.output.close()
-	}
-	t.wake()
-}
-
-// wake tells the followers that there is something new. t.mu is held.
-func (t *liveTask) wake() {
-	if t.changed != nil {
-		close(t.changed)
-		t.changed = nil
-	}
-}
-
-func durationMS(from, to *time.Time) int64 {
-	if from == nil || to == nil {
-		return 0
-	}
-	return max(0, to.Sub(*from).Milliseconds())
-}
-
 func timeOrNil(t time.Time) *time.Time {
 	if t.IsZero() {
 		return nil
@@ -706,12 +449,4 @@ func unixNano(t *time.Time) int64 {
 		return 0
 	}
 	return t.UnixNano()
-}
-
-// lastBytes gives the end of a task's error, in whole characters.
-func lastBytes(text string) string {
-	if len(text) > recordErrorBytes {
-		text = text[len(text)-recordErrorBytes:]
-	}
-	return strings.ToValidUTF8(text, "")
 }

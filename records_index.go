@@ -9,6 +9,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"slices"
@@ -253,7 +254,7 @@ func storedLine(rec record, data []byte) ([]byte, error) {
 	encoder := json.NewEncoder(&line)
 	encoder.SetEscapeHTML(false)
 	if err := encoder.Encode(storedRecord{record: rec, Data: data}); err != nil {
-		return nil, fail(codeRecordEncode, "encode record of task "+rec.TaskID, err)
+		return nil, fmt.Errorf("encode record of task %s: %w", rec.TaskID, err)
 	}
 	return line.Bytes(), nil
 }

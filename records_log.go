@@ -3,10 +3,9 @@ package main
 // records_log.go keeps a task's output within a bound: its first half and its last half, in files of the task's folder
 // that are named by the offset of their first byte (log.0, log.8388608, …). Sizes and names say everything, so a log
 // goes on after a crash, and a hole is where bytes are missing: old ones that were let go, or ones that the disk had no
-// room for. It knows nothing of tasks but where they follow a log as it grows.
+// room for. It knows nothing of tasks.
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -23,7 +22,6 @@ const (
 	logFilePrefix   = "log."
 	maxLogSegments  = 64 // files of one log; a disk that keeps failing makes many small ones
 	minSegmentBytes = 4 << 10
-	followBytes     = 64 << 10 // read at once for a follower
 )
 
 // A logSegment is one file of a log.
@@ -364,84 +362,4 @@ func brokenStart(data []byte) int64 {
 		}
 	}
 	return 0
-}
-
-// follow copies the log to w as it grows, until the task has ended.
-func (t *liveTask) follow(ctx context.Context, dir string, w io.Writer, flush func()) error {
-	buffer := make([]byte, followBytes)
-	var at int64            // how far it has come
-	unreadable := int64(-1) // where reading failed once
-	for {
-		segment, total, wait := t.logAt(at)
-		switch {
-		case at == total && wait == nil:
-			return nil
-		case at == total:
-			select {
-			case <-wait:
-			case <-ctx.Done():
-				return ctx.Err()
-			}
-		case segment.start <= at && unreadable != at:
-			n := readAt(filepath.Join(dir, segment.name()), buffer[:min(int64(len(buffer)), segment.end()-at)], at-segment.start)
-			if n == 0 { // let go between the look and the read, or lost: another look tells
-				unreadable = at
-				continue
-			}
-			if _, err := w.Write(buffer[:n]); err != nil {
-				return err
-			}
-			at += int64(n)
-			flush()
-		default:
-			next := segment.start
-			if next <= at {
-				next = segment.end()
-			}
-			if _, err := io.WriteString(w, missing(next-at)); err != nil {
-				return err
-			}
-			at = next
-			flush()
-		}
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-	}
-}
-
-// logAt looks at the log for a follower that has come as far as at: the segment that holds the next byte, or else the
-// one after the hole; how long the log is; and, when there is nothing new, a channel that is closed when there may be,
-// nil when the task has ended.
-func (t *liveTask) logAt(at int64) (segment logSegment, total int64, wait <-chan struct{}) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.output != nil {
-		total = t.output.total
-		segment = logSegment{start: total}
-		for _, s := range t.output.segments {
-			if s.end() > at {
-				segment = s
-				break
-			}
-		}
-	}
-	if at == total && !t.ended {
-		if t.changed == nil {
-			t.changed = make(chan struct{})
-		}
-		wait = t.changed
-	}
-	return segment, total, wait
-}
-
-// readAt gives how many bytes it could read.
-func readAt(path string, data []byte, offset int64) int {
-	file, err := os.Open(path)
-	if err != nil {
-		return 0
-	}
-	defer file.Close()
-	n, _ := file.ReadAt(data, offset)
-	return n
 }

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -146,7 +147,9 @@ func TestRecordsOfOneTask(t *testing.T) {
 }
 
 func TestRecordJSON(t *testing.T) {
-	text, err := json.Marshal(record{TaskID: "t", Status: statusQueued, Notifications: []notification{}, Files: []taskFile{}})
+	rec := record{TaskID: "t", Status: statusQueued}
+	rec.fillLists()
+	text, err := json.Marshal(rec)
 	want := `{"task_id":"t","event":"","name":"","status":"queued","attempt":0,"exit_code":null,"signal":"","pid":0,` +
 		`"created_at":null,"started_at":null,"finished_at":null,"duration_ms":0,"cpu_ms":0,"max_rss":0,"error":"",` +
 		`"output_bytes":0,"notifications":[],"result":null,"files":[]}`
@@ -366,11 +369,11 @@ func TestRecordsSurviveKill(t *testing.T) {
 func TestRecordsSkipWhatDoesNotParse(t *testing.T) {
 	dir := t.TempDir()
 	lines := strings.Join([]string{
-		`{"task_id":"good","event":"e","status":"finish","created_at":"2020-01-01T00:00:00Z","finished_at":"2200-01-01T00:00:00Z"}`,
+		`{"task_id":"good","status":"finish","created_at":"2020-01-01T00:00:00Z","finished_at":"2200-01-01T00:00:00Z"}`,
 		`{"task_id":"../bad","status":"finish","finished_at":"2200-01-01T00:00:00Z"}`,
 		`{"task_id":"live","status":"running","finished_at":"2200-01-01T00:00:00Z"}`,
 		`{"task_id":17}`, `null`, `[`, ``, strings.Repeat("z", maxRecordLine+10), "\x00\xff",
-		`{"task_id":"last","event":"e","status":"error","created_at":"2020-01-02T00:00:00Z","finished_at":"2200-01-01T00:00:00Z"}`,
+		`{"task_id":"last","status":"error","created_at":"2020-01-02T00:00:00Z","finished_at":"2200-01-01T00:00:00Z"}`,
 	}, "\n") + "\n"
 	if err := os.WriteFile(filepath.Join(dir, "records.jsonl"), []byte(lines), 0o600); err != nil {
 		t.Fatal(err)
@@ -480,6 +483,8 @@ func TestRecordsFileIsCompacted(t *testing.T) {
 func TestRecordsGoOnWhenTheDiskFails(t *testing.T) {
 	dir := t.TempDir()
 	r := openTestRecords(t, dir, testRetain)
+	var log bytes.Buffer
+	r.setLog(slog.New(slog.NewTextHandler(&log, nil)))
 	startTask(r, "t", 1)
 	printTask(r, "t", "first\n")
 
@@ -493,6 +498,9 @@ func TestRecordsGoOnWhenTheDiskFails(t *testing.T) {
 	r.live["t"].output.closeFile()
 	printTask(r, "t", "lost\n")
 	finishTask(r, "unlucky", statusFinish)
+	if got := log.String(); strings.Count(got, "\n") != 1 || !strings.Contains(got, string(codeRecordWrite)) {
+		t.Errorf("logged %q; want one line", got)
+	}
 	if n, err := r.failure(); n != 2 || codeOf(err) != codeRecordWrite {
 		t.Errorf("failure() = %d, %v", n, err)
 	}
@@ -517,6 +525,18 @@ func TestRecordsGoOnWhenTheDiskFails(t *testing.T) {
 	}
 	if rec := mustGet(t, r, "t"); rec.OutputBytes != 16 {
 		t.Errorf("output_bytes = %d; want 16", rec.OutputBytes)
+	}
+}
+
+func TestRecordThatCannotBeWritten(t *testing.T) {
+	r := openTestRecords(t, t.TempDir(), testRetain)
+	startTask(r, "t", 1)
+	r.handle(taskFinished{TaskID: "t", Status: statusFinish, FinishedAt: time.Date(12345, 1, 1, 0, 0, 0, 0, time.UTC)})
+	if n, err := r.failure(); n != 1 || codeOf(err) != codeRecordWrite {
+		t.Errorf("failure() = %d, %v", n, err)
+	}
+	if rec, ok := r.get("t"); ok {
+		t.Errorf("the task counts as live: %+v", rec)
 	}
 }
 
@@ -651,16 +671,24 @@ func TestFollowLog(t *testing.T) {
 			t.Errorf("followLog(%s) = %v; want the context's end", id, err)
 		}
 	}
+	printTask(r, "endless", "more\n") // so that nobody counts as waiting any more
 	done := make(chan error, 1)
 	go func() { done <- r.followLog(t.Context(), "endless", io.Discard, func() {}) }()
+	waitFor(t, 5*time.Second, func() string {
+		live := r.lookLive("endless")
+		live.mu.Lock()
+		defer live.mu.Unlock()
+		if live.changed == nil {
+			return "nobody follows"
+		}
+		return ""
+	})
 	r.release("endless")
 	if _, ok := r.get("endless"); ok {
 		t.Error("a task that was given back has a record")
 	}
-	startTask(r, "endless", 2) // whether the follower was there before or comes now, this is the end of it
-	finishTask(r, "endless", statusFinish)
-	if err := <-done; err != nil {
-		t.Error(err)
+	if err := <-done; !errors.Is(err, errReleased) {
+		t.Errorf("followLog of a task that was given back = %v; want %v", err, errReleased)
 	}
 }
 
@@ -696,8 +724,8 @@ func TestFilesAndResultsAreChecked(t *testing.T) {
 	r := openTestRecords(t, t.TempDir(), testRetain)
 	startTask(r, "t", 1)
 	for _, name := range []string{
-		"", ".", "..", ".hidden", "a/b", `a\b`, "/etc/passwd", "a\x00b", "a\nb", "con", "NUL.txt", "com1", "LPT9.log", "x.", "x ",
-		"a:b", "a?b", "\xff", strings.Repeat("n", 256),
+		"", ".", "..", ".hidden", "a/b", `a\b`, "/etc/passwd", "a\x00b", "a\nb", "con", "NUL.txt", "com1", "LPT9.log",
+		"x.", "x ", "a:b", "a?b", "\xff", strings.Repeat("n", 256),
 	} {
 		if _, err := r.saveFile("t", name, strings.NewReader("x")); codeOf(err) != codeRecordFileName {
 			t.Errorf("saveFile(%q) = %v; want %s", name, err, codeRecordFileName)
@@ -706,7 +734,8 @@ func TestFilesAndResultsAreChecked(t *testing.T) {
 			t.Errorf("openFile(%q) = %v; want %s", name, err, codeRecordNotKept)
 		}
 	}
-	if _, err := r.saveFile("t", "broken", io.MultiReader(strings.NewReader("x"), failingReader{})); codeOf(err) != codeRecordFile {
+	broken := io.MultiReader(strings.NewReader("x"), failingReader{})
+	if _, err := r.saveFile("t", "broken", broken); codeOf(err) != codeRecordFile {
 		t.Errorf("an upload that broke off: %v", err)
 	}
 	for i := range maxTaskFiles {

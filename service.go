@@ -29,11 +29,10 @@ func (w *worker) create(ctx context.Context, appID, event string, formBody json.
 	starting := w.state == stateStarting
 	w.mu.Unlock()
 	if starting {
-		return "", fail(codeCreateEarly, "create task", errStarting)
+		return "", errStarting
 	}
 	if appID != w.cfg.Credential.ProjectID || w.jobs[event] == nil {
-		return "", fail(codeCreateUnknown, "create task",
-			fmt.Errorf("%w: app_id %.140q, event %.140q", errUnknownEvent, appID, event))
+		return "", fmt.Errorf("create task: %w: app_id %.140q, event %.140q", errUnknownEvent, appID, event)
 	}
 	id := newTaskID()
 	body, err := json.Marshal(taskMessage{TaskID: id, Data: formBody, Action: "execute"})
@@ -44,7 +43,7 @@ func (w *worker) create(ctx context.Context, appID, event string, formBody json.
 		return "", tooLarge("create task", maxMessageBytes)
 	}
 	if _, err := w.broker.Publish(ctx, Message{Subject: w.subject(event), Data: body, Task: true}); err != nil {
-		return "", fail(codeCreatePublish, "create task", fmt.Errorf("%w: %w", errJournalAway, err))
+		return "", fmt.Errorf("create task: %w: %w", errJournalAway, err)
 	}
 	return id, nil
 }
@@ -57,12 +56,12 @@ func (w *worker) terminate(_ context.Context, id string) error {
 	w.mu.Unlock()
 	if t == nil {
 		if _, kept := w.records.get(id); !kept {
-			return fail(codeTerminateUnknown, fmt.Sprintf("terminate task %q", id), errTaskUnknown)
+			return fmt.Errorf("terminate task %q: %w", id, errTaskUnknown)
 		}
 		ended = true
 	}
 	if ended {
-		return fail(codeTerminateEnded, fmt.Sprintf("terminate task %q", id), errTaskEnded)
+		return fmt.Errorf("terminate task %q: %w", id, errTaskEnded)
 	}
 	w.stopTask(t, errTerminated)
 	return nil

@@ -385,6 +385,7 @@ func (w *worker) putBack(t *task) {
 		w.journalled("give task back", t.id, w.journal.released(t.id))
 		t.delivery.Nack(errPutBack)
 	}
+	w.records.release(t.id)
 	w.log.Info("task put back", "task", t.id, "event", t.event)
 }
 
