@@ -120,13 +120,10 @@ func (q *cmdQuoter) endWord() error {
 		}
 	}
 	q.argv = append(q.argv, text)
-	if q.command.named {
-		q.command.addScript(&q.word, text)
-	} else {
+	q.command.addScript(&q.word, text, !q.command.named)
+	if !q.command.named {
 		q.command.named, q.command.name = true, text
-		q.command.addScript(&q.word, text)
 	}
-	q.command.last = text
 	return nil
 }
 

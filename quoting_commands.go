@@ -16,6 +16,12 @@ type shellWord struct {
 	dollar     bool   // its last piece was a bare $
 	assignment bool   // NAME=… before a command
 	subscript  bool   // NAME[…
+	tilde      bool   // ~ and what may be a user's name
+}
+
+// mayVanish reports whether nothing may be left of the word, so that the next one takes its place.
+func (w *shellWord) mayVanish() bool {
+	return len(w.text) > 0 && strings.Trim(string(w.text), "\x00") == ""
 }
 
 // isDescriptor reports whether the word belongs to the redirection right behind it: 2 or {name}.
@@ -53,6 +59,15 @@ type simpleCommand struct {
 // atName reports whether the command's name is still to come.
 func (c *simpleCommand) atName() bool { return !c.named && !c.double }
 
+// assigns reports whether the command's arguments may be assignments.
+func (c *simpleCommand) assigns() bool {
+	switch c.name {
+	case "declare", "typeset", "local", "export", "readonly", "global":
+		return true
+	}
+	return false
+}
+
 // takesParenthesis reports whether a ( may follow the words so far: that of a pattern of case or of a function f ().
 func (c *simpleCommand) takesParenthesis(after string) bool {
 	return c.name == "case" && c.last == "in" || c.last == c.name && strings.HasPrefix(after, ")")
@@ -71,15 +86,19 @@ func (c *simpleCommand) add(w *shellWord) error {
 	if !c.named {
 		return c.addName(w, text)
 	}
-	c.addScript(w, text)
+	c.addScript(w, text, false)
 
 	switch c.name {
 	case "for", "select", "function":
 		if w.bare && (text == "do" || text == "{") {
 			*c = simpleCommand{probing: c.probing}
 		}
-	case "declare", "typeset", "local", "export", "readonly", "global":
-		if text != "" && strings.IndexByte("-+\x00", text[0]) >= 0 && strings.Trim(text[1:], "xrgp-") != "" {
+	case "export", "readonly":
+		if strings.HasPrefix(text, "-") && strings.Trim(text, "-pfn") != "" {
+			return uncertainty(c.name + " " + text + ", which only some shells know")
+		}
+	case "declare", "typeset", "local", "global":
+		if text != "" && (text[0] == 0 || (text[0] == '-' || text[0] == '+') && strings.Trim(text[1:], "xrgp-") != "") {
 			return uncertainty(c.name + " " + strings.ReplaceAll(text, "\x00", "$…") + ", which may make variables that compute")
 		}
 	case "printf":
@@ -92,7 +111,7 @@ func (c *simpleCommand) add(w *shellWord) error {
 				return &misplacement{problem: c.name + " " + text + " takes numbers only: some shells run commands that other text names", earlier: true}
 			}
 		}
-		c.valueLast = w.value
+		c.valueLast = w.value || c.valueLast && w.mayVanish()
 	}
 	c.dashes = c.dashes || text == "--"
 	return nil
@@ -100,7 +119,7 @@ func (c *simpleCommand) add(w *shellWord) error {
 
 func (c *simpleCommand) addName(w *shellWord, text string) error {
 	switch {
-	case w.assignment, w.subscript:
+	case w.assignment:
 		return nil
 	case w.bare && text == "[[":
 		c.double = true
@@ -112,13 +131,16 @@ func (c *simpleCommand) addName(w *shellWord, text string) error {
 		return nil
 	case c.prefixed && strings.HasPrefix(text, "-"):
 		return nil
+	case w.mayVanish():
+		c.addScript(w, text, true)
+		return nil
 	}
 	c.name, c.named = text, true
 	if text == "alias" || text == "integer" || text == "nameref" {
 		c.name = "alias"
 		return uncertainty(text + ", which changes what later words mean")
 	}
-	c.addScript(w, text)
+	c.addScript(w, text, true)
 	return nil
 }
 
@@ -157,6 +179,8 @@ func (c *simpleCommand) check(w *shellWord, value string) error {
 		return &misplacement{problem: "it stands inside [[ … ]], where shells compute what a value names", hint: `write [ … ]`}
 	case w.subscript:
 		return &misplacement{problem: "it stands in a subscript, where shells run commands that a value names", hint: "use a name without [ ]"}
+	case w.tilde:
+		return &misplacement{problem: "it stands after a ~, where it may be taken for a user's name", hint: "write the folder out"}
 	}
 	if name, _, assigns := strings.Cut(before, "="); assigns && isReadLater(strings.TrimSuffix(name, "+")) {
 		return &misplacement{problem: "the shell reads what " + name + " holds as code", hint: "use a variable with another name"}
@@ -173,8 +197,12 @@ func (c *simpleCommand) check(w *shellWord, value string) error {
 		"mapfile", "readarray", "read", "unset", "getopts", "print", "rename":
 		return &misplacement{problem: c.name + " reads its arguments as shell code", hint: "put the value into a variable first, name={{name}}, and use \"$name\""}
 	case "declare", "typeset", "local", "export", "readonly", "global":
-		if name, _, assigns := strings.Cut(before, "="); !assigns || !isName(name) {
+		name, text, assigns := strings.Cut(before, "=")
+		if !assigns || !isName(name) {
 			return &misplacement{problem: c.name + " reads names as code", hint: "give it the name: " + c.name + " name={{name}}"}
+		}
+		if text == "" && strings.HasPrefix(value, "(") && c.name != "export" && c.name != "readonly" {
+			return &misplacement{problem: "a ( begins a list of code for " + c.name, hint: "assign first: name={{name}}; " + c.name + " name"}
 		}
 	case "set":
 		if !c.dashes {
@@ -224,7 +252,8 @@ func isReadLater(name string) bool {
 	switch name {
 	case "ENV", "BASH_ENV", "PROMPT_COMMAND", "PS0", "PS1", "PS2", "PS3", "PS4", "FPATH",
 		"RANDOM", "SRANDOM", "SECONDS", "LINENO", "OPTIND", "HISTCMD", "HISTSIZE", "TMOUT", "COLUMNS", "LINES", "MAILCHECK",
-		"EPOCHSECONDS", "EPOCHREALTIME", "BASHPID", "PPID", "UID", "EUID", "GID", "EGID", "USER_ID", "PGRP", "PIPESTATUS":
+		"EPOCHSECONDS", "EPOCHREALTIME", "BASHPID", "PPID", "UID", "EUID", "GID", "EGID", "USER_ID", "PGRP",
+		"PIPESTATUS", "KSHUID", "KSHGID", "KSHEGID":
 		return true
 	}
 	return false
@@ -306,8 +335,8 @@ func scriptLanguageOf(program string) (scriptLanguage, bool) {
 	return scriptLanguage{}, false
 }
 
-// addScript follows the words of a program that may take a script.
-func (c *simpleCommand) addScript(w *shellWord, text string) {
+// addScript follows the words of a program that may take a script. isName says that the word names the command.
+func (c *simpleCommand) addScript(w *shellWord, text string, isName bool) {
 	option := len(text) > 1 && (text[0] == '-' || text[0] == '+')
 	switch {
 	case text == ";" || text == "+":
@@ -332,7 +361,7 @@ func (c *simpleCommand) addScript(w *shellWord, text string) {
 	}
 	// A value is no program's name, unless it is the name of the command.
 	if c.reading == noScript || c.language.prefix || c.language.anywhere || c.language.unknown {
-		if language, ok := scriptLanguageOf(text); ok && (!w.value || text == c.name && c.last == "") && !(language.unknown && text != c.name) {
+		if language, ok := scriptLanguageOf(text); ok && (isName || !w.value && !language.unknown) {
 			c.language, c.reading = language, scriptFlags
 			if language.joins && !language.host {
 				c.reading = scriptRest
@@ -346,7 +375,7 @@ func (c *simpleCommand) addScript(w *shellWord, text string) {
 		c.dashes = true
 	case option && !c.dashes:
 		c.addOption(text)
-	case c.language.flags && !w.quoted && strings.Trim(text, "\x00") == "" && text != "":
+	case c.language.flags && !w.quoted && w.mayVanish():
 		c.reading = scriptNext // bash $options
 	case c.language.joins:
 		c.reading = scriptRest
@@ -396,7 +425,7 @@ func (c *simpleCommand) checkScript(before, value string) error {
 	if c.skip {
 		return nil
 	}
-	inScript := c.reading == scriptNext || c.reading == scriptRest
+	inScript := c.reading == scriptNext
 	if c.reading == scriptFlags && len(before) > 0 && before[0] == '-' && !c.dashes {
 		if strings.HasPrefix(before, "--") {
 			inScript = strings.HasPrefix(before, "--command=") || strings.HasPrefix(before, "--session-command=") ||
@@ -405,6 +434,9 @@ func (c *simpleCommand) checkScript(before, value string) error {
 		} else {
 			inScript = strings.ContainsAny(before, c.language.letters) || before == "-"
 		}
+	}
+	if c.reading == scriptRest {
+		return &misplacement{problem: c.name + " hands its arguments to a shell as one text", hint: "hand the value over as input: printf '%s' {{name}} | …"}
 	}
 	if inScript {
 		return &misplacement{problem: "it stands in a text that the command reads as code", hint: hintArgument}

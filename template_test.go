@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 )
 
@@ -127,7 +128,7 @@ func TestTemplateErrors(t *testing.T) {
 	}
 }
 
-// A value that is not there is looked for even where a section is not the first.
+// What needs no shell is run without one.
 func TestTemplateDirect(t *testing.T) {
 	for _, test := range []struct {
 		text   string
@@ -151,6 +152,28 @@ func TestTemplateDirect(t *testing.T) {
 	if got, err := renderTemplate("{{a}} x", `{"a":"cd"}`, shellPOSIX); err != nil || got.argv != nil || got.line != "'cd' x" {
 		t.Errorf("a builtin from a value = %+v, %v", got, err)
 	}
+}
+
+func TestTemplateConcurrent(t *testing.T) {
+	tmpl, err := parseTemplate("prog {{#l}}{{.}} {{o}}{{/l}} {{l}}", shellPOSIX)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var tasks sync.WaitGroup
+	for i := range 8 {
+		tasks.Add(1)
+		go func() {
+			defer tasks.Done()
+			want := fmt.Sprintf("prog|%d|{}|[%[1]d]", i)
+			for range 50 {
+				got, err := tmpl.render("t", json.RawMessage(fmt.Sprintf(`{"l":[%d],"o":{ }}`, i)))
+				if err != nil || strings.Join(got.argv, "|") != want {
+					t.Errorf("render = %q, %v; want %q", got.argv, err, want)
+				}
+			}
+		}()
+	}
+	tasks.Wait()
 }
 
 func TestTemplateProgram(t *testing.T) {
@@ -225,9 +248,8 @@ func hostileValues(random *rand.Rand, n int) []string {
 		"${x:-$(touch canary)}", "$((a[$(touch canary)]))", "a[$(touch canary)]", "'$(touch canary)'", `"$(touch canary)"`, "';touch canary;'", `";touch canary;"`,
 		"-v", "--", "-c", "-", "*", "?", "[a-z]", "~", "~root", "{a,b}", "{1..9}", "#", "!", "!!", "=", "x=y", "<<EOF\n", ">canary", "<", "(", ")", " ", "  ", "\t", "\n", "\r",
 		"eval", "sh", "if", "{{task_id}}", "{{x}}", "}}", "\x01", "\x1b[31m", "\x7f", "é", "日本", "😀", "\ufffd", "\u2028", "\u00a0", "%s", "%PATH%", "\\n", "\\'", "\\\n", "5", "abc",
-		"\x00"[1:], strings.Repeat("x'y\"", 200),
 	}
-	values := []string{"", " ", "'", "\n", "-n", "\\"}
+	values := []string{"", " ", "'", "\n", "-n", "\\", strings.Repeat("x'y\"", 500), strings.Repeat("'", 500), strings.Repeat("日", 1000)}
 	for len(values) < n {
 		var value strings.Builder
 		for range 1 + random.IntN(7) {
@@ -243,6 +265,7 @@ func TestTemplateHostileValues(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	program := "'" + self + "' test-role argv"
 	seed := rand.Uint64()
 	random := rand.New(rand.NewPCG(seed, 1))
 	values := hostileValues(random, 1000)
@@ -251,14 +274,14 @@ func TestTemplateHostileValues(t *testing.T) {
 	for len(values) > 0 {
 		// Linux takes 128 KiB in one argument, here a whole line with each value ten times.
 		taken, size := 0, 0
-		for taken < min(50, len(values)) && (taken == 0 || size+len(values[taken]) < 5000) {
-			size += len(values[taken])
+		for taken < len(values) && size+len(values[taken])+40 < 7000 {
+			size += len(values[taken]) + 40
 			taken++
 		}
 		some := values[:taken]
 		values = values[taken:]
 
-		text := "'" + self + "' test-role argv"
+		text := program
 		data := map[string]any{"list": some}
 		var want []string
 		for i, value := range some {
@@ -273,9 +296,8 @@ func TestTemplateHostileValues(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		compare := func(how string, argv []string) {
+		compare := func(how string, got []string) {
 			t.Helper()
-			got := argvOf(t, argv, dir)
 			if slices.Equal(got, want) {
 				return
 			}
@@ -294,14 +316,23 @@ func TestTemplateHostileValues(t *testing.T) {
 		if command.argv != nil {
 			t.Fatalf("%q is no command to run directly", text)
 		}
+		compare("sh -c", argvOf(t, []string{"/bin/sh", "-c", command.line}, dir))
+		// The other shells print the arguments themselves, since starting this program takes long.
+		printing := "printf '%s\\000' " + strings.TrimPrefix(command.line, program)
 		for _, shell := range shells {
-			compare(strings.Join(shell, " "), append(slices.Clone(shell), command.line))
+			cmd := exec.Command(shell[0], append(slices.Clone(shell[1:]), printing)...)
+			cmd.Dir = dir
+			out, err := cmd.Output()
+			if err != nil {
+				t.Fatalf("run %q: %v", shell, err)
+			}
+			compare(strings.Join(shell, " "), strings.Split(strings.TrimSuffix(string(out), "\x00"), "\x00"))
 		}
 		direct, err := renderTemplate(strings.ReplaceAll(text, "$b", ""), string(encoded), shellPOSIX)
 		if err != nil || direct.argv == nil {
 			t.Fatalf("seed %d: direct: %q, %v", seed, direct.argv, err)
 		}
-		compare("directly", direct.argv)
+		compare("directly", argvOf(t, direct.argv, dir))
 	}
 	if _, err := os.Stat(filepath.Join(dir, "canary")); err == nil {
 		t.Errorf("seed %d: a value has run as a command", seed)
