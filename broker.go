@@ -25,7 +25,7 @@ type Broker interface {
 
 	// Subscribe listens on a subject that is this worker's alone, such as {task_id}_worker. handle gets every message
 	// from now on, one at a time, in order, and must not block. The call does not wait for the broker: it takes effect
-	// soon, or after the next reconnect. The returned function ends it.
+	// soon, or after the next reconnect. The returned function ends it and waits for nothing either.
 	Subscribe(subject string, handle func(data []byte)) (unsubscribe func())
 
 	// SubscribeAll is Subscribe for a subject whose messages are for every worker of the project.

@@ -17,12 +17,13 @@ import (
 
 // runWorker is child_process: under a parent, or by hand.
 func runWorker(ctx context.Context, inv *invocation) int {
-	p := &workerProcess{stop: make(chan struct{}), kill: make(chan struct{})}
+	p := &workerProcess{stop: make(chan struct{}), kill: make(chan struct{}), configs: make(chan *Config, 1),
+		supervised: inv.supervised}
 	var err error
 	if inv.supervised {
 		err = p.adopt(inv)
 	} else {
-		err = p.standAlone(inv)
+		err = p.standAlone(ctx, inv)
 	}
 	if err != nil {
 		inv.printError(err)
@@ -44,6 +45,9 @@ type workerProcess struct {
 	listener net.Listener
 	log      *slog.Logger
 	notify   func(notice) // tells the parent, if there is one
+
+	supervised bool
+	configs    chan *Config // the complete configuration, once
 
 	stop     chan struct{} // closed when the worker is to drain
 	kill     chan struct{} // closed when it is to end at once
@@ -74,6 +78,9 @@ func (p *workerProcess) adopt(inv *invocation) error {
 		return fail(codeLifeline, "read the parent's first order", errors.New("it holds no configuration"))
 	}
 	p.cfg = first.Config
+	if !first.Pending {
+		p.configs <- first.Config
+	}
 	p.log = newLogger(inv.stderr, p.cfg)
 	var err error
 	if first.Listener {
@@ -107,6 +114,12 @@ func (p *workerProcess) followOrders(orders lineReader) {
 			}
 			return
 		}
+		if o.Config != nil {
+			select {
+			case p.configs <- o.Config:
+			default: // it has one already
+			}
+		}
 		if o.Drain {
 			p.requestStop()
 		}
@@ -117,7 +130,7 @@ func (p *workerProcess) followOrders(orders lineReader) {
 }
 
 // standAlone is for a worker without a parent.
-func (p *workerProcess) standAlone(inv *invocation) error {
+func (p *workerProcess) standAlone(ctx context.Context, inv *invocation) error {
 	var err error
 	if p.cfg, err = loadConfig(inv.configFile(), os.LookupEnv); err != nil {
 		return err
@@ -133,6 +146,17 @@ func (p *workerProcess) standAlone(inv *invocation) error {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 	go p.followSignals(signals) // ends with the process
+	if p.cfg.EndPoint == "" {
+		p.configs <- p.cfg
+		return nil
+	}
+	source := newConfigSource(p.cfg, p.log)
+	go source.run(ctx) // ends with the process
+	go func() {        // ends with the process
+		p.configs <- <-source.updates
+		<-source.updates
+		p.log.Warn("configuration has changed; without a parent it is taken up at the next start")
+	}()
 	return nil
 }
 
@@ -144,7 +168,8 @@ func (p *workerProcess) followSignals(signals <-chan os.Signal) {
 	p.requestKill()
 }
 
-// run serves and works until it is told to stop.
+// run serves and works until it is told to stop. The REST API answers from the first moment; the worker begins when the
+// configuration is complete.
 func (p *workerProcess) run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -159,31 +184,35 @@ func (p *workerProcess) run(ctx context.Context) error {
 	bus.subscribe(recs.handle)
 	bus.subscribe(logEvents(p.log))
 
-	baseURL := reachableURL(p.listener.Addr())
-	w, err := newWorker(p.cfg, baseURL, recs, bus, p.log)
-	if err != nil {
-		return err
-	}
-	api := newAPIServer(w.apiConfig(), w, recs, bus, p.log)
+	service := newServiceSlot(p.cfg)
+	api := newAPIServer(apiConfigOf(p.cfg), service, recs, bus, p.log)
 	served := make(chan error, 1)
 	go func() { served <- api.serve(p.listener) }() // ends at api.shutdown
 
+	var w *worker
 	opened := make(chan error, 1)
-	go func() { opened <- w.open(ctx) }() // ends at the latest with ctx
 	watched := make(chan struct{})
-	go func() { // ends with ctx
-		defer close(watched)
-		w.watchResources(ctx)
-	}()
-
-	isOpen := false
+	baseURL := reachableURL(p.listener.Addr())
 	for running := true; running; {
 		select {
+		case config := <-p.configs:
+			p.cfg = config
+			if w, err = newWorker(config, baseURL, recs, bus, p.log); err != nil {
+				return err
+			}
+			api.reconfigure(apiConfigOf(config))
+			service.fill(w)
+			go func() { opened <- w.open(ctx) }() // ends at the latest with ctx
+			go func() {                           // ends with ctx
+				defer close(watched)
+				w.watchResources(ctx)
+			}()
 		case err := <-opened:
 			if err != nil {
 				return err
 			}
-			isOpen = true
+			opened = nil
+			w.listenForOrders(func() { p.notify(notice{Reload: true}) }, p.askForShutdown)
 			p.log.Info("ready", "addr", baseURL, "jobs", len(p.cfg.Jobs), "pid", os.Getpid(), "try", p.suggestion())
 			p.notify(notice{Ready: true})
 		case err := <-served:
@@ -196,9 +225,11 @@ func (p *workerProcess) run(ctx context.Context) error {
 		}
 	}
 	cancel()
-	<-watched
-	if !isOpen {
-		<-opened
+	if w != nil {
+		<-watched
+		if opened != nil {
+			<-opened
+		}
 	}
 
 	urgent, hurry := context.WithCancel(context.Background())
@@ -207,15 +238,28 @@ func (p *workerProcess) run(ctx context.Context) error {
 		<-p.kill
 		hurry()
 	}()
-	w.drain(urgent)
+	if w != nil {
+		w.drain(urgent)
+	}
 	grace, stop := context.WithTimeout(urgent, settleTimeout)
 	defer stop()
 	if err := api.shutdown(grace); err != nil {
 		p.log.Warn("REST API not closed in time", errAttrs(err))
 	}
-	w.close()
+	if w != nil {
+		w.close()
+	}
 	p.log.Info("worker stopped")
 	return nil
+}
+
+// askForShutdown lets the parent stop everything; without one this process is everything.
+func (p *workerProcess) askForShutdown() {
+	if p.supervised {
+		p.notify(notice{Shutdown: true})
+	} else {
+		p.requestStop()
+	}
 }
 
 // suggestion is a first thing to try for somebody who reads the log.

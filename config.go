@@ -27,6 +27,7 @@ type Config struct {
 	IdentityID   string
 	EndPoint     string // base URL of the Job Manager, "" when this worker is its own manager
 	Credential   Credential
+	Project      string // first part of the job subjects: the manager's uuid, else Credential.ProjectID
 	Broker       BrokerConfig
 	Listen       string // host:port; no host means every address, port 0 any free port
 	DataDir      string
@@ -47,7 +48,7 @@ type Config struct {
 	Warnings []string // what is valid but hardly meant, each with its place in the file
 }
 
-// A Credential is who this worker is to its manager. ProjectID is the first part of every job subject.
+// A Credential is who this worker is to its manager.
 type Credential struct {
 	ProjectID     string
 	SecretKey     secret
@@ -143,6 +144,7 @@ func defaultConfig() *Config {
 	return &Config{
 		IdentityID:    hostIdentity(),
 		Credential:    Credential{ProjectID: "local"},
+		Project:       "local",
 		Broker:        BrokerConfig{Type: "local"},
 		Listen:        "127.0.0.1:8080",
 		DataDir:       "data",
@@ -215,6 +217,7 @@ func parseConfig(path string, text []byte, getenv func(string) (string, bool)) (
 		return nil, fail(codeConfig, fmt.Sprintf("check config %q", path), err)
 	}
 	c.Warnings = r.warnings
+	c.Project = c.Credential.ProjectID
 	return c, nil
 }
 

@@ -571,6 +571,7 @@ func TestShippedConfig(t *testing.T) {
 		t.Errorf("config.yaml shows %+v as an exec; want the defaults", shown)
 	}
 	// What differs because the text beside it says so.
+	c.Project = d.Project
 	c.File, c.Dir, c.IdentityID, c.EndPoint, c.Concurrency, c.Jobs, c.Execs, c.Warnings, c.Broker, c.Credential =
 		"", "", d.IdentityID, "", d.Concurrency, nil, nil, nil, d.Broker, d.Credential
 	c.DataDir = filepath.Base(c.DataDir)

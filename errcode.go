@@ -26,6 +26,9 @@ const (
 	// A message on a job's subject is no task: not JSON, too large, with an id that cannot name a file, or with an unknown
 	// action. It is acknowledged and never run. Mend whoever sent it.
 	codeMessage errCode = "ERR-26112300901"
+	// A message on {task_id}_worker is no JSON, is about another task, or asks for neither timeout nor terminate. Nothing
+	// was done; mend whoever sent it.
+	codeControl errCode = "ERR-26112300902"
 	// A task was started max_deliveries times and took its worker down each time. It ends with error; find out what the
 	// command does to the host before it is sent again.
 	codeGivenUp errCode = "ERR-26112300903"
@@ -218,6 +221,33 @@ const (
 	codeResultData errCode = "ERR-26112300719"
 	// The result could not be sent. The text says what the receiver answered.
 	codeResult errCode = "ERR-26112300720"
+)
+
+// Job Manager.
+const (
+	// The manager did not answer: nothing listens there, the name is unknown, TLS failed, or the reply broke off or is too
+	// large. The worker asks again, and what runs goes on. Check end_point and the network.
+	codeManagerAway errCode = "ERR-26112301401"
+	// The manager answered with another status than 200. 401 or 403: check credential; 404: check end_point; 5xx: look at
+	// the manager's log. The worker asks again.
+	codeManagerStatus errCode = "ERR-26112301402"
+	// The manager's answer is not usable: not JSON, without "return", or with a broker that cannot be one. The text names
+	// what is wrong; the worker keeps what it has and asks again.
+	codeManagerReply errCode = "ERR-26112301403"
+	// The manager names a TLS file outside of the configuration's folder and data_dir. Name the same path under
+	// broker_connection in the configuration file to allow it, or correct the manager.
+	codeManagerPath errCode = "ERR-26112301404"
+	// The manager's answer could not be kept in data_dir, so a start without the manager is not possible. Check the folder.
+	codeManagerRemember errCode = "ERR-26112301405"
+	// The manager does not answer and there is no kept answer that can be used. The worker starts when the manager does.
+	codeManagerRemembered errCode = "ERR-26112301406"
+	// The manager's archive of TLS files was refused whole: an entry that would land elsewhere, a link, too many or too
+	// large ones, or no archive at all. Nothing was unpacked. Check what the manager has for this broker.
+	codeCertificateArchive errCode = "ERR-26112301407"
+	// The manager's TLS files could not be written. Let the worker's user write into the named folder, or put them there.
+	codeCertificateWrite errCode = "ERR-26112301408"
+	// A TLS file for the broker is missing, not PEM, expired, not valid yet, or does not fit its key. Replace the named file.
+	codeTLSFile errCode = "ERR-26112301409"
 )
 
 // A codedError is an error with its code: what was being done to what, why it failed, and perhaps what would help.

@@ -109,6 +109,7 @@ type brokerChanged struct {
 	Type      string    `json:"type"`
 	Connected bool      `json:"connected"`
 	Err       string    `json:"err,omitempty"`
+	Code      errCode   `json:"code,omitempty"`
 	At        time.Time `json:"at"`
 }
 

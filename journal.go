@@ -200,6 +200,17 @@ func (j *journal) accept(t journalTask, data []byte) (dataRef, error) {
 	return dataRef{t.ID}, nil
 }
 
+// adopt makes the journal answer for a task that until now the broker held. It is durable on return.
+func (j *journal) adopt(id string) error {
+	if err := j.change(id, "adopt", idFrame(recordAdopted, id), func(r *runState) { r.adopted = true }); err != nil {
+		return err
+	}
+	j.mu.Lock()
+	batch := j.joinBatch()
+	j.mu.Unlock()
+	return batch.wait()
+}
+
 // started notes the process of a task's start before it counts as started: written on return, so that it survives our
 // own death, and synced within a second.
 func (j *journal) started(id string, attempt int, p processIdentity) error {

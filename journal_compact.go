@@ -316,8 +316,8 @@ func (t *liveEntry) frameToMove() ([]byte, error) {
 }
 
 func (rec *journalRecord) frame(run *runState) ([]byte, error) {
-	t := journalTask{ID: string(rec.id), Subject: string(rec.subject), Event: string(rec.event), Held: rec.held,
-		CreatedAt: fromNanos(rec.created)}
+	t := journalTask{ID: string(rec.id), Subject: string(rec.subject), Event: string(rec.event),
+		Held: rec.held && !run.isAdopted(), CreatedAt: fromNanos(rec.created)}
 	t.setRun(run)
 	return taskFrame(rec.order, t, rec.data)
 }

@@ -22,6 +22,7 @@ const (
 	recordFinished = 6 // the taskFinished as JSON
 	recordReported = 7
 	recordOutcomes = 8 // everything the outcome memory held at this point
+	recordAdopted  = 9
 )
 
 const (
@@ -38,6 +39,7 @@ type runState struct {
 	due               time.Time
 	process           processIdentity
 	outcome           *taskFinished
+	adopted           bool // the journal answers for it although its record says that the broker does
 	unsynced          bool // the outcome is written but not known to be durable
 }
 
@@ -57,6 +59,8 @@ func (r *runState) retry(due time.Time) {
 	r.failures++
 	r.due = due
 }
+
+func (r *runState) isAdopted() bool { return r != nil && r.adopted }
 
 // newFrame begins a frame of a kind with room for size bytes of payload.
 func newFrame(kind byte, size int) []byte {
@@ -302,6 +306,8 @@ func (j *journalReplay) apply(place recordPlace, payload []byte) {
 		if due := r.varint(); !r.bad {
 			t.changed().retry(fromNanos(due))
 		}
+	case recordAdopted:
+		t.changed().adopted = true
 	case recordReleased, recordReported:
 		delete(j.tasks, string(id))
 	}
@@ -343,7 +349,7 @@ func (j *journalReplay) list() []journalTask {
 	tasks := make([]journalTask, len(ids))
 	for i, id := range ids {
 		t := j.tasks[id]
-		tasks[i] = journalTask{ID: id, Subject: t.subject, Event: t.event, Held: t.held,
+		tasks[i] = journalTask{ID: id, Subject: t.subject, Event: t.event, Held: t.held && !t.run.isAdopted(),
 			CreatedAt: fromNanos(t.created), Data: dataRef{id}}
 		tasks[i].setRun(t.run)
 	}

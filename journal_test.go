@@ -942,3 +942,25 @@ func inParallel(b *testing.B, callers int, do func(i int)) {
 	}
 	all.Wait()
 }
+
+func TestJournalAdopt(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "journal")
+	j, _ := mustOpenJournal(t, dir, defaultJournalSizes())
+	for _, id := range []string{"held", "adopted"} {
+		_, err := j.accept(journalTask{ID: id, Subject: "p.e", Event: "e", Held: true}, []byte(id))
+		must(t, err)
+	}
+	must(t, j.adopt("adopted"))
+	if err := j.adopt("unknown"); codeOf(err) != codeJournalTask {
+		t.Errorf("adopt unknown = %v", err)
+	}
+	for round := range 2 { // the second after the first has rewritten what it found
+		must(t, j.close())
+		var tasks map[string]journalTask
+		j, tasks = mustOpenJournal(t, dir, journalSizes{segment: 1, garbage: 0, idleGarbage: 0, reserve: 1})
+		if len(tasks) != 2 || !tasks["held"].Held || tasks["adopted"].Held {
+			t.Fatalf("round %d: %+v; want the second adopted", round, tasks)
+		}
+	}
+	must(t, j.close())
+}

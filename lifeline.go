@@ -18,6 +18,7 @@ const maxLifelineBytes = 4 << 20
 // An order is what the parent tells its child.
 type order struct {
 	Config   *Config `json:"config,omitempty"`   // the first order carries it
+	Pending  bool    `json:"pending,omitempty"`  // the manager has not completed it yet: a second order will
 	Listener bool    `json:"listener,omitempty"` // descriptor 3 is the listening socket
 	Drain    bool    `json:"drain,omitempty"`    // stop gracefully
 	Kill     bool    `json:"kill,omitempty"`     // stop at once
@@ -25,7 +26,9 @@ type order struct {
 
 // A notice is what a child tells its parent.
 type notice struct {
-	Ready bool `json:"ready,omitempty"` // it does its work
+	Ready    bool `json:"ready,omitempty"`    // it does its work
+	Reload   bool `json:"reload,omitempty"`   // the manager wants its configuration asked for again
+	Shutdown bool `json:"shutdown,omitempty"` // the manager wants this worker to stop
 }
 
 // writeLine sends an order or a notice.

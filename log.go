@@ -43,7 +43,11 @@ func logEvents(log *slog.Logger) func(event) {
 			}
 			log.Log(context.Background(), level, "task ended", attrs...)
 		case brokerChanged:
-			log.Info("broker connection", "broker", e.Type, "connected", e.Connected, "err", e.Err)
+			if e.Connected {
+				log.Info("broker connected", "broker", e.Type)
+			} else {
+				log.Error("no connection to the broker", "broker", e.Type, "err", e.Err, "code", e.Code)
+			}
 		}
 	}
 }

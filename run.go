@@ -84,6 +84,7 @@ func runTask(ctx context.Context, inv *invocation, cfg *Config, job *Job, data j
 	alone.DataDir, alone.EndPoint, alone.Jobs, alone.Execs = folder, "", []Job{*job}, nil
 	alone.Broker = BrokerConfig{Type: "local"}
 	alone.TakeWhen = TakeWhen{}
+	alone.Project = alone.Credential.ProjectID
 	if os.Getenv("LOG_LEVEL") == "" {
 		alone.LogLevel = slog.LevelError
 	}
@@ -114,7 +115,7 @@ func runTask(ctx context.Context, inv *invocation, cfg *Config, job *Job, data j
 	if err != nil {
 		return none, err
 	}
-	api := newAPIServer(w.apiConfig(), w, recs, bus, log)
+	api := newAPIServer(apiConfigOf(&alone), w, recs, bus, log)
 	served := make(chan error, 1)
 	go func() { served <- api.serve(listener) }() // ends at api.shutdown
 	defer func() {

@@ -14,16 +14,15 @@ import (
 
 var _ taskService = (*worker)(nil)
 
-func (w *worker) apiConfig() apiConfig {
-	return apiConfig{
-		secretKey: w.cfg.Credential.SecretKey, projectID: w.cfg.Credential.ProjectID, ownManager: w.cfg.EndPoint == "",
-	}
+// apiConfigOf is what a configuration says about the REST API.
+func apiConfigOf(cfg *Config) apiConfig {
+	return apiConfig{secretKey: cfg.Credential.SecretKey, projectID: cfg.Project, ownManager: cfg.EndPoint == ""}
 }
 
 // create sends a new task to the broker, or to the journal where there is none. It returns when the task is safe there.
 func (w *worker) create(ctx context.Context, appID, event string, formBody json.RawMessage) (string, error) {
 	if appID == "" {
-		appID = w.cfg.Credential.ProjectID
+		appID = w.cfg.Project
 	}
 	w.mu.Lock()
 	starting := w.state == stateStarting
@@ -31,7 +30,7 @@ func (w *worker) create(ctx context.Context, appID, event string, formBody json.
 	if starting {
 		return "", errStarting
 	}
-	if appID != w.cfg.Credential.ProjectID || w.jobs[event] == nil {
+	if w.isLocal() && (appID != w.cfg.Project || w.jobs[event] == nil) {
 		return "", fmt.Errorf("create task: %w: app_id %.140q, event %.140q", errUnknownEvent, appID, event)
 	}
 	id := newTaskID()
@@ -42,18 +41,31 @@ func (w *worker) create(ctx context.Context, appID, event string, formBody json.
 	if len(body) > maxMessageBytes {
 		return "", tooLarge("create task", maxMessageBytes)
 	}
-	if _, err := w.broker.Publish(ctx, Message{Subject: w.subject(event), Data: body, Task: true}); err != nil {
-		return "", fmt.Errorf("create task: %w: %w", errJournalAway, err)
+	away := errJournalAway
+	if !w.isLocal() {
+		away = errBrokerAway
+		w.follower.follow(id, event, w.nameOf(event))
+	}
+	if _, err := w.broker.Publish(ctx, Message{Subject: appID + "." + event, Data: body, Task: true}); err != nil {
+		w.follower.drop(id)
+		return "", fmt.Errorf("create task: %w: %w", away, err)
 	}
 	return id, nil
 }
 
-// terminate stops a task that runs or waits here.
-func (w *worker) terminate(_ context.Context, id string) error {
+// terminate stops a task that runs or waits here, and asks the other worker to do so where it runs elsewhere.
+func (w *worker) terminate(ctx context.Context, id string) error {
 	w.mu.Lock()
 	t := w.known[id]
 	ended := t != nil && t.status.final()
 	w.mu.Unlock()
+	if t == nil && w.follower.follows(id) {
+		order := fmt.Appendf(nil, `{"task_id":%q,"action":"terminate"}`, id)
+		if _, err := w.broker.Publish(ctx, Message{Subject: id + "_worker", Data: order}); err != nil {
+			return fmt.Errorf("terminate task %q: %w: %w", id, errBrokerAway, err)
+		}
+		return nil
+	}
 	if t == nil {
 		if _, kept := w.records.get(id); !kept {
 			return fmt.Errorf("terminate task %q: %w", id, errTaskUnknown)
@@ -83,7 +95,7 @@ func (w *worker) record(id string) (record, bool) {
 	if t := w.known[id]; t != nil {
 		return w.queuedRecord(t), true
 	}
-	return record{}, false
+	return w.follower.record(id)
 }
 
 // queuedRecord describes a task that has not been started here. w.mu is held.
@@ -110,6 +122,11 @@ func (w *worker) list(f recordFilter) []record {
 		}
 	}
 	w.mu.Unlock()
+	for _, r := range w.follower.waiting() {
+		if !listed[r.TaskID] && (f.event == "" || f.event == r.Event) {
+			found = append(found, r)
+		}
+	}
 	slices.SortStableFunc(found, func(a, b record) int { return b.CreatedAt.Compare(*a.CreatedAt) })
 	return found[:min(len(found), f.limit)]
 }
@@ -133,6 +150,7 @@ func (w *worker) health() healthReport {
 	w.mu.Lock()
 	state := w.state
 	problems := maps.Clone(w.problems)
+	brokerErr, brokerSince := w.brokerErr, w.brokerSince
 	queued := 0
 	for _, t := range w.known {
 		if t.status == statusQueued {
@@ -145,6 +163,9 @@ func (w *worker) health() healthReport {
 	if len(problems) > 0 {
 		status = healthDegraded
 	}
+	if brokerErr != nil {
+		problems["broker"] = brokerErr.Error()
+	}
 	switch {
 	case state == stateStarting && time.Since(w.started) > startPatience:
 		status = healthDown
@@ -152,6 +173,8 @@ func (w *worker) health() healthReport {
 		status = healthStarting
 	case state == stateDraining:
 		status = healthDraining
+	case brokerErr != nil:
+		status = healthDown
 	default:
 		if err := w.journal.writable(); err != nil {
 			problems["journal"] = err.Error()
@@ -161,7 +184,7 @@ func (w *worker) health() healthReport {
 	report := healthReport{
 		Status: status, Problems: []string{}, IdentityID: w.cfg.IdentityID, Version: version,
 		UptimeS: int64(time.Since(w.started).Seconds()),
-		Broker:  brokerHealth{Type: w.cfg.Broker.Type, Connected: state != stateStarting, Since: &w.started},
+		Broker:  brokerHealth{Type: w.cfg.Broker.Type, Connected: brokerErr == nil, Since: &brokerSince},
 		Jobs: jobCounts{
 			Running: w.runningTasks.Load(), Queued: int64(queued),
 			Finish: w.ended[0].Load(), Error: w.ended[1].Load(), Timeout: w.ended[2].Load(), Terminate: w.ended[3].Load(),

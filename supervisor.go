@@ -59,7 +59,7 @@ func runParent(ctx context.Context, inv *invocation) int {
 		return exitFailed
 	}
 	defer s.closeSocket()
-	return s.supervise(signals)
+	return s.supervise(ctx, signals)
 }
 
 // A supervisor keeps one worker process running.
@@ -108,19 +108,56 @@ func listen(address string) (*net.TCPListener, error) {
 	}
 }
 
-// supervise runs one worker after another until a signal comes.
-func (s *supervisor) supervise(signals <-chan os.Signal) int {
+// supervise runs one worker after another until a signal comes or the manager wants this worker to stop. A changed
+// configuration lets the worker drain, and the next one starts with it.
+func (s *supervisor) supervise(ctx context.Context, signals <-chan os.Signal) int {
+	ctx, stopAsking := context.WithCancel(ctx)
+	defer stopAsking()
+	config, complete := s.cfg, true
+	var updates <-chan *Config
+	askAgain := func() {}
+	if s.cfg.EndPoint != "" {
+		source := newConfigSource(s.cfg, s.log)
+		asked := make(chan struct{})
+		go func() { // ends with ctx
+			defer close(asked)
+			source.run(ctx)
+		}()
+		defer func() {
+			stopAsking()
+			<-asked
+		}()
+		complete, updates, askAgain = false, source.updates, source.askAgain
+	}
+
 	pause := minRestartPause
 	for {
 		began := time.Now()
-		child, err := s.startChild()
-		if err == nil {
+		child, err := s.startChild(config, complete)
+		for err == nil {
 			select {
 			case <-child.exited:
 				err = child.err
 			case sig := <-signals:
-				return s.stop(child, sig, signals)
+				return s.stop(child, sig.String(), signals)
+			case <-child.shutdown:
+				return s.stop(child, "asked for by the manager", signals)
+			case <-child.reload:
+				askAgain()
+			case config = <-updates:
+				if !complete {
+					complete = true
+					child.tell(order{Config: config})
+					continue
+				}
+				s.log.Info("configuration has changed, the worker starts anew with it")
+				child.tell(order{Drain: true})
+				<-child.exited
+				err = errNewConfig
 			}
+		}
+		if errors.Is(err, errNewConfig) {
+			continue
 		}
 		if time.Since(began) > steadyAfter {
 			pause = minRestartPause
@@ -136,19 +173,24 @@ func (s *supervisor) supervise(signals <-chan os.Signal) int {
 	}
 }
 
+// errNewConfig is why a worker that did nothing wrong is started anew.
+var errNewConfig = errors.New("the configuration has changed")
+
 // stop lets the child drain; a second signal, or too long a wait, ends it.
-func (s *supervisor) stop(child *childProcess, sig os.Signal, signals <-chan os.Signal) int {
-	s.log.Info("stopping", "signal", sig.String())
+func (s *supervisor) stop(child *childProcess, reason string, signals <-chan os.Signal) int {
+	s.log.Info("stopping", "reason", reason)
 	child.tell(order{Drain: true})
 	patience := time.After(s.cfg.DrainTimeout + s.cfg.KillAfter + stopMargin)
-	for killed := false; ; killed = true {
+	killed := false
+	for {
 		select {
 		case <-child.exited:
 			s.log.Info("stopped")
 			return exitOK
-		case sig = <-signals:
+		case sig := <-signals:
 			if !killed {
-				s.log.Warn("stopping at once", "signal", sig.String())
+				killed = true
+				s.log.Warn("stopping at once", "reason", sig.String())
 				child.tell(order{Kill: true})
 				patience = time.After(killMargin)
 			}
@@ -168,10 +210,12 @@ type childProcess struct {
 	exited chan struct{}
 	err    error
 	log    *slog.Logger
+
+	reload, shutdown chan struct{} // the manager's wishes, which reach the worker first
 }
 
-// startChild starts a worker process and gives it the configuration and the socket.
-func (s *supervisor) startChild() (*childProcess, error) {
+// startChild starts a worker process and gives it the configuration, complete or not, and the socket.
+func (s *supervisor) startChild(config *Config, complete bool) (*childProcess, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, fmt.Errorf("find the program file: %w", err)
@@ -192,9 +236,10 @@ func (s *supervisor) startChild() (*childProcess, error) {
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start worker process: %w", err)
 	}
-	child := &childProcess{cmd: cmd, orders: orders, exited: make(chan struct{}), log: s.log}
+	child := &childProcess{cmd: cmd, orders: orders, exited: make(chan struct{}), log: s.log,
+		reload: make(chan struct{}, 1), shutdown: make(chan struct{}, 1)}
 	go child.watch(notices) // ends when the child has
-	child.tell(order{Config: s.cfg, Listener: s.socket != nil})
+	child.tell(order{Config: config, Pending: !complete, Listener: s.socket != nil})
 	return child, nil
 }
 
@@ -209,11 +254,25 @@ func (c *childProcess) watch(notices io.Reader) {
 		if said.Ready {
 			c.log.Debug("worker process is ready", "pid", c.cmd.Process.Pid)
 		}
+		if said.Reload {
+			signalOnce(c.reload)
+		}
+		if said.Shutdown {
+			signalOnce(c.shutdown)
+		}
 	}
 	if c.err = c.cmd.Wait(); c.err == nil {
 		c.err = errors.New("it ended by itself")
 	}
 	close(c.exited)
+}
+
+// signalOnce notes a wish that is open already if it is not taken yet.
+func signalOnce(wish chan<- struct{}) {
+	select {
+	case wish <- struct{}{}:
+	default:
+	}
 }
 
 // tell gives the child an order. One that cannot be told is ending, which watch sees.

@@ -35,13 +35,13 @@ type task struct {
 	event     string
 	createdAt time.Time
 	data      dataRef
-	delivery  *Delivery // what to settle in the end; nil where the journal alone answers
 
 	attempts int // starts, over all workers
 	crashes  int // starts in a row that ended with their worker
 	failures int // runs that failed, for the retries
 
 	// Guarded by worker.mu.
+	delivery  *Delivery // what to settle in the end; nil where the journal alone answers
 	status    taskStatus
 	pid       int
 	startedAt time.Time
@@ -49,6 +49,7 @@ type task struct {
 	stop      context.CancelCauseFunc // of the running attempt
 	stopped   error                   // errTerminated or errTimedOut, once asked for
 	woken     chan struct{}           // closed to end a pause before a retry
+	uncontrol func()                  // ends the listening on its control subjects; nil: there is none
 }
 
 // A jobRunner is a job made ready to run: what is the same for each of its tasks is done once.
@@ -86,7 +87,7 @@ func newJobRunner(cfg *Config, job *Job, baseURL string) (*jobRunner, error) {
 		"JOB_ITEM_EVENT":       job.Event,
 		"JOB_ITEM_BASE_URL":    baseURL,
 		"JOB_ITEM_CREATE_URL":  baseURL + "/job/create",
-		"JOB_ITEM_APP_ID":      cfg.Credential.ProjectID,
+		"JOB_ITEM_APP_ID":      cfg.Project,
 	})
 	r := &jobRunner{job: job, template: template}
 	for _, name := range slices.Sorted(maps.Keys(env)) {
@@ -130,6 +131,7 @@ func (w *worker) startTask(t *task) {
 		a, putBack := w.attemptTask(t)
 		w.runningTasks.Add(-1)
 		w.queue.done(t.event)
+		w.wakeConsumers()
 		switch {
 		case putBack:
 			w.putBack(t)
@@ -379,11 +381,15 @@ func (w *worker) finish(t *task, outcome taskFinished) {
 // putBack gives an unfinished task up: the journal or the broker has it run again.
 func (w *worker) putBack(t *task) {
 	w.wait(t)
-	if t.delivery == nil {
+	w.mu.Lock()
+	d := t.delivery
+	t.delivery = nil
+	w.mu.Unlock()
+	if d == nil {
 		w.journalled("put task back", t.id, w.journal.returned(t.id))
 	} else {
 		w.journalled("give task back", t.id, w.journal.released(t.id))
-		t.delivery.Nack(errPutBack)
+		d.Nack(errPutBack)
 	}
 	w.records.release(t.id)
 	w.log.Info("task put back", "task", t.id, "event", t.event)

@@ -34,7 +34,8 @@ type worker struct {
 	queue   *scheduler
 	started time.Time
 
-	spawner *spawner
+	spawner  *spawner
+	follower *follower
 
 	// Set by open, once the journal could be opened.
 	journal  *journal
@@ -47,12 +48,15 @@ type worker struct {
 	hurry     chan struct{} // closed when commands that are being stopped are to be killed
 	hurryOnce sync.Once
 
-	mu        sync.Mutex // guards what follows
-	state     workerState
-	known     map[string]*task // accepted and not yet reported
-	consumers []Consumer
-	problems  map[string]string // by what they are about: journal, resources, …
-	refused   uint64            // messages that were no tasks
+	mu          sync.Mutex // guards what follows
+	state       workerState
+	known       map[string]*task // accepted and not yet reported
+	controlled  int              // of them, those whose control subjects are listened on
+	brokerErr   error            // why there is no connection; errNotConnected before the first
+	brokerSince time.Time        // of brokerErr
+	consumers   []Consumer
+	problems    map[string]string // by what they are about: journal, resources, …
+	refused     uint64            // messages that were no tasks
 
 	runningTasks atomic.Int64
 	ended        [4]atomic.Int64 // by finalIndex
@@ -75,12 +79,14 @@ var (
 	errPutBack    = errors.New("the worker stops")
 )
 
+var errNotConnected = errors.New("not connected to the broker yet")
+
 // newWorker prepares a worker that has no journal yet: it answers for its health and accepts nothing.
 func newWorker(cfg *Config, baseURL string, recs *records, bus *eventBus, log *slog.Logger) (*worker, error) {
 	w := &worker{
 		cfg: cfg, baseURL: baseURL, log: log, bus: bus, records: recs,
-		broker: newLocalBroker(), spawner: startSpawner(), jobs: map[string]*jobRunner{}, started: time.Now(),
-		state: stateStarting, hurry: make(chan struct{}), known: map[string]*task{}, problems: map[string]string{},
+		spawner: startSpawner(), jobs: map[string]*jobRunner{}, started: time.Now(),
+		brokerErr: errNotConnected, brokerSince: time.Now(), state: stateStarting, hurry: make(chan struct{}), known: map[string]*task{}, problems: map[string]string{},
 	}
 	w.ctx, w.cancel = context.WithCancelCause(context.Background())
 	w.queue = newScheduler(cfg.Concurrency, w.startTask)
@@ -92,7 +98,37 @@ func newWorker(cfg *Config, baseURL string, recs *records, bus *eventBus, log *s
 		w.jobs[runner.job.Event] = runner
 		w.queue.setLimit(runner.job.Event, runner.job.Limit)
 	}
+	tls, err := brokerTLS(cfg.Broker, cfg.Dir)
+	if err != nil {
+		return nil, err
+	}
+	w.broker, err = openBroker(brokerOptions{
+		config: cfg.Broker, project: cfg.Project, identity: cfg.IdentityID, tls: tls, log: log, changed: w.brokerChanged,
+	})
+	if err != nil {
+		return nil, err
+	}
+	w.follower = newFollower(w.broker, recs)
 	return w, nil
+}
+
+// isLocal reports whether there is no broker but the journal.
+func (w *worker) isLocal() bool { return w.cfg.Broker.Type == "local" }
+
+// brokerChanged notes whether there is a connection to the broker (nil), or why not.
+func (w *worker) brokerChanged(err error) {
+	now := time.Now()
+	w.mu.Lock()
+	if (err == nil) != (w.brokerErr == nil) {
+		w.brokerSince = now
+	}
+	w.brokerErr = err
+	w.mu.Unlock()
+	changed := brokerChanged{Type: w.cfg.Broker.Type, Connected: err == nil, At: now}
+	if err != nil {
+		changed.Err, changed.Code = err.Error(), codeOf(err)
+	}
+	w.bus.publish(changed)
 }
 
 // open opens the journal, ends what a dead worker left running, takes up its unfinished tasks and begins to consume.
@@ -140,7 +176,7 @@ func (w *worker) open(ctx context.Context) error {
 }
 
 // subject is where a job's tasks arrive.
-func (w *worker) subject(event string) string { return w.cfg.Credential.ProjectID + "." + event }
+func (w *worker) subject(event string) string { return w.cfg.Project + "." + event }
 
 // recover takes up what the journal answers for: stale processes are ended before their tasks run again, and what had
 // finished is reported.
@@ -179,6 +215,7 @@ func (w *worker) recover(found []journalTask) {
 			if w.jobs[t.Event] == nil {
 				w.setProblem("job "+t.Event, fmt.Sprintf("tasks wait for job %q, which is not configured", t.Event))
 			}
+			w.control(recovered)
 			w.enqueueAt(recovered, t.Due)
 		}
 	}
@@ -246,12 +283,21 @@ func (w *worker) take(event string, d Delivery) {
 		return
 	}
 	t := &task{id: m.TaskID, event: event, createdAt: time.Now(), status: statusQueued}
-	if d.Ack != nil {
+	if d.Held {
 		t.delivery = &d
+		t.crashes = max(0, d.Attempt-1)
+		t.attempts = t.crashes
 	}
 
 	w.mu.Lock()
-	if w.known[t.id] != nil {
+	if same := w.known[t.id]; same != nil {
+		// A broker that lost the connection delivers again what it held; the new delivery is the one to settle.
+		if d.Held && same.delivery != nil && !same.status.final() {
+			same.delivery = &d
+			w.mu.Unlock()
+			w.log.Info("task was delivered again while it is being done", "task", t.id)
+			return
+		}
 		w.mu.Unlock()
 		w.log.Info("duplicate of a task that is being done", "task", t.id)
 		w.ack(d)
@@ -269,6 +315,7 @@ func (w *worker) take(event string, d Delivery) {
 
 	t.data, err = w.journal.accept(journalTask{
 		ID: t.id, Subject: d.Subject, Event: event, Held: d.Held, CreatedAt: t.createdAt,
+		Attempts: t.attempts, Crashes: t.crashes,
 	}, m.Data)
 	if err != nil {
 		w.forget(t.id)
@@ -278,8 +325,38 @@ func (w *worker) take(event string, d Delivery) {
 		}
 		return
 	}
+	if !d.Held && d.Ack != nil {
+		w.ack(d) // the journal answers from here on
+	}
+	if d.Held && d.HeldFor > 0 {
+		time.AfterFunc(d.HeldFor, func() { w.adopt(t) })
+	}
+	w.follower.drop(t.id) // it is right here
+	w.control(t)
 	w.bus.publish(taskQueued{TaskID: t.id, Event: event, Name: w.nameOf(event), At: t.createdAt})
 	w.queue.add(t)
+}
+
+// adopt makes the journal answer for a task before its broker's patience ends, and acknowledges it.
+func (w *worker) adopt(t *task) {
+	w.mu.Lock()
+	adopting := w.known[t.id] == t && t.delivery != nil && !t.status.final() && w.ctx.Err() == nil
+	w.mu.Unlock()
+	if !adopting {
+		return
+	}
+	if err := w.journal.adopt(t.id); err != nil {
+		w.log.Error("task not taken over from the broker", errAttrs(err), "task", t.id)
+		return
+	}
+	w.mu.Lock()
+	d := t.delivery
+	t.delivery = nil
+	w.mu.Unlock()
+	if d != nil {
+		w.ack(*d)
+		w.log.Info("the journal answers for a long task now", "task", t.id)
+	}
 }
 
 func (w *worker) nameOf(event string) string {
@@ -311,20 +388,37 @@ func (w *worker) enqueueAt(t *task, due time.Time) {
 	}()
 }
 
+// wakeConsumers tells every consumer that a slot has become free.
+func (w *worker) wakeConsumers() {
+	w.mu.Lock()
+	consumers := w.consumers
+	w.mu.Unlock()
+	for _, c := range consumers {
+		c.Wake()
+	}
+}
+
 // forget drops a task from what is known.
 func (w *worker) forget(id string) *task {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	t := w.known[id]
 	delete(w.known, id)
+	if t != nil {
+		w.uncontrolled(t)
+	}
 	return t
 }
 
 // settle ends the story of a task whose _finish has arrived.
 func (w *worker) settle(id string) {
-	t := w.forget(id)
-	if t != nil && t.delivery != nil {
-		w.ack(*t.delivery)
+	if t := w.forget(id); t != nil {
+		w.mu.Lock()
+		d := t.delivery
+		w.mu.Unlock()
+		if d != nil {
+			w.ack(*d)
+		}
 	}
 	w.journalled("note task as reported", id, w.journal.reported(id))
 }
@@ -358,7 +452,7 @@ func (w *worker) drain(ctx context.Context) {
 	w.consumers = nil
 	w.mu.Unlock()
 	w.queue.pause("draining")
-	if _, local := w.broker.(*localBroker); !local {
+	if !w.isLocal() { // what is created meanwhile waits in the journal
 		for _, c := range consumers {
 			c.Stop()
 		}

@@ -1,0 +1,88 @@
+package main
+
+// control.go is what a Job Manager can say to this worker besides new tasks: stop one, prove that it is alive, ask for
+// the configuration again, shut down (PROTOCOL section 4).
+
+import (
+	"encoding/json"
+	"errors"
+	"time"
+)
+
+const (
+	// controlDelay is how long a task must live before its control subjects are listened on: a short one is over
+	// before anybody could mean it, and should not pay for it.
+	controlDelay = 50 * time.Millisecond
+
+	// maxControlled bounds the tasks whose control subjects are listened on, since very many may wait.
+	maxControlled = 10_000
+)
+
+// control listens on a task's own subjects soon, for as long as the task is known.
+func (w *worker) control(t *task) {
+	if w.isLocal() {
+		return // nobody could say anything
+	}
+	time.AfterFunc(controlDelay, func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if w.known[t.id] != t || w.controlled >= maxControlled {
+			return
+		}
+		w.controlled++
+		stopWorker := w.broker.Subscribe(t.id+"_worker", func(data []byte) { w.obey(t, data) })
+		stopListen := w.broker.Subscribe(t.id+"_listen", func([]byte) {
+			w.reporter.enqueue(t.id+"_listen.callback", []byte("world"), "")
+		})
+		t.uncontrol = func() {
+			stopWorker()
+			stopListen()
+		}
+	})
+}
+
+// uncontrolled ends the listening for a task that is no longer known. w.mu is held.
+func (w *worker) uncontrolled(t *task) {
+	if t.uncontrol != nil {
+		w.controlled--
+		t.uncontrol()
+		t.uncontrol = nil
+	}
+}
+
+// obey does what a message on {task_id}_worker says.
+func (w *worker) obey(t *task, data []byte) {
+	var said struct {
+		TaskID string `json:"task_id"`
+		Action string `json:"action"`
+	}
+	err := json.Unmarshal(data, &said)
+	if err == nil && said.TaskID != "" && said.TaskID != t.id {
+		err = errors.New("it is about another task")
+	}
+	switch {
+	case err == nil && said.Action == "terminate":
+		w.log.Info("task is to be terminated", "task", t.id)
+		go w.stopTask(t, errTerminated) // ends when the stop is noted; the broker's messages must not wait for it
+	case err == nil && said.Action == "timeout":
+		w.log.Info("task is to time out", "task", t.id)
+		go w.stopTask(t, errTimedOut) // the same
+	default:
+		if err == nil {
+			err = errors.New("its action is neither timeout nor terminate")
+		}
+		w.log.Warn("control message refused", errAttrs(fail(codeControl, "read control message", err)), "task", t.id)
+	}
+}
+
+// listenForOrders follows the subjects of the whole worker. reload and stop are called when a message asks for it.
+func (w *worker) listenForOrders(reload, stop func()) {
+	w.broker.SubscribeAll(w.cfg.Project+".restart", func([]byte) {
+		w.log.Info("the configuration is to be asked for again")
+		reload()
+	})
+	w.broker.Subscribe(w.cfg.IdentityID+".shutdown", func([]byte) {
+		w.log.Info("shutdown is asked for")
+		stop()
+	})
+}

@@ -1,0 +1,165 @@
+package main
+
+// follow.go follows the tasks that were created through this worker's REST API and may run anywhere: what the worker
+// that takes one publishes about it goes into the records here, so that its record, its log and `create --wait` work.
+
+import (
+	"slices"
+	"sync"
+	"time"
+)
+
+const (
+	maxFollowed = 10_000 // tasks at once; of more the oldest is given up
+
+	// lastOutputPause is what a task's last output may come later than its _finish: they are different subjects, and
+	// only within one does a broker promise order.
+	lastOutputPause = 150 * time.Millisecond
+)
+
+// A follower holds the tasks of other workers that are of interest here.
+type follower struct {
+	broker  Broker
+	records *records
+
+	mu    sync.Mutex // guards what follows
+	tasks map[string]*followedTask
+	order []string // by age; may name tasks that are gone
+}
+
+// A followedTask is what is known of one of them.
+type followedTask struct {
+	id, event, name string
+	createdAt       time.Time
+
+	mu      sync.Mutex // guards what follows; events come from several subscriptions
+	begun   bool
+	started time.Time
+	failed  string
+	ended   bool
+
+	unsubscribe []func()
+}
+
+func newFollower(broker Broker, recs *records) *follower {
+	return &follower{broker: broker, records: recs, tasks: map[string]*followedTask{}}
+}
+
+// follow begins to follow a task; it comes before the task is published.
+func (f *follower) follow(id, event, name string) {
+	t := &followedTask{id: id, event: event, name: name, createdAt: time.Now()}
+	on := func(suffix string, handle func(data []byte)) {
+		t.unsubscribe = append(t.unsubscribe, f.broker.Subscribe(id+suffix, handle))
+	}
+	on("_who", func([]byte) { f.began(t) })
+	on("_process", func(data []byte) {
+		f.began(t)
+		for piece := range slices.Chunk(data, outputChunkBytes) {
+			f.records.handle(taskOutput{TaskID: id, Stream: streamStdout, Data: piece})
+		}
+	})
+	on("_failed", func(data []byte) {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		t.failed = string(data[:min(len(data), stderrTailBytes)])
+	})
+	on("_finish", func(data []byte) {
+		status := taskStatus(data)
+		time.AfterFunc(lastOutputPause, func() { f.finished(t, status) })
+	})
+
+	f.mu.Lock()
+	f.tasks[id] = t
+	f.order = append(f.order, id)
+	var oldest string
+	if len(f.tasks) > maxFollowed {
+		oldest, f.order = f.order[0], f.order[1:]
+	}
+	f.mu.Unlock()
+	f.drop(oldest)
+}
+
+// drop stops following a task: it has ended, was never sent, or runs right here.
+func (f *follower) drop(id string) {
+	f.mu.Lock()
+	t := f.tasks[id]
+	delete(f.tasks, id)
+	f.order = slices.DeleteFunc(f.order, func(other string) bool { return other == id })
+	f.mu.Unlock()
+	if t != nil {
+		for _, unsubscribe := range t.unsubscribe {
+			unsubscribe()
+		}
+	}
+}
+
+// began notes the first sign of life of a task.
+func (f *follower) began(t *followedTask) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.begun || t.ended {
+		return
+	}
+	t.begun, t.started = true, time.Now()
+	f.records.handle(taskStarted{
+		TaskID: t.id, Event: t.event, Name: t.name, Attempt: 1, Taken: true, CreatedAt: t.createdAt, At: t.started,
+	})
+}
+
+func (f *follower) finished(t *followedTask, status taskStatus) {
+	if !status.final() {
+		return
+	}
+	f.began(t)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.ended {
+		return
+	}
+	t.ended = true
+	f.records.handle(taskFinished{
+		TaskID: t.id, Event: t.event, Name: t.name, Status: status, Attempt: 1, Error: t.failed,
+		CreatedAt: t.createdAt, StartedAt: t.started, FinishedAt: time.Now(),
+	})
+	f.drop(t.id)
+}
+
+// waiting gives the followed tasks that nobody has taken yet, as records.
+func (f *follower) waiting() []record {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var found []record
+	for _, t := range f.tasks {
+		if r, ok := t.record(); ok {
+			found = append(found, r)
+		}
+	}
+	return found
+}
+
+// record describes a followed task that nobody has taken yet.
+func (f *follower) record(id string) (record, bool) {
+	f.mu.Lock()
+	t := f.tasks[id]
+	f.mu.Unlock()
+	if t == nil {
+		return record{}, false
+	}
+	return t.record()
+}
+
+func (t *followedTask) record() (record, bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.begun {
+		return record{}, false // the records have it
+	}
+	return record{TaskID: t.id, Event: t.event, Name: t.name, Status: statusQueued, CreatedAt: &t.createdAt}, true
+}
+
+// follows reports whether a task is followed.
+func (f *follower) follows(id string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.tasks[id] != nil
+}

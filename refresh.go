@@ -1,0 +1,105 @@
+package main
+
+// refresh.go keeps the parent's configuration up to date: the file, completed by what the Job Manager answers, asked
+// for again at intervals and on demand. While the manager is away its last good answer serves.
+
+import (
+	"context"
+	"log/slog"
+	"reflect"
+	"time"
+)
+
+// A configSource gives complete configurations, the first as soon as there is one.
+type configSource struct {
+	file    *Config
+	client  *managerClient
+	log     *slog.Logger
+	updates chan *Config  // complete configurations, each different from the one before
+	again   chan struct{} // ask the manager now
+}
+
+func newConfigSource(file *Config, log *slog.Logger) *configSource {
+	return &configSource{
+		file: file, client: newManagerClient(file, log), log: log,
+		updates: make(chan *Config), again: make(chan struct{}, 1),
+	}
+}
+
+// askAgain lets the manager be asked now rather than at the next interval.
+func (s *configSource) askAgain() { signalOnce(s.again) }
+
+// run asks the manager until ctx ends.
+func (s *configSource) run(ctx context.Context) {
+	var current *Config
+	failures := 0
+	for {
+		next, err := s.ask(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		pause := refreshPause(s.file.Refresh)
+		if err != nil {
+			s.log.Error("no configuration from the manager", errAttrs(err))
+			pause = min(pause, managerPause(failures))
+			failures++
+			if current == nil {
+				next = s.lastAnswer()
+			}
+		} else {
+			failures = 0
+		}
+		if next != nil && (current == nil || !reflect.DeepEqual(next, current)) {
+			select {
+			case s.updates <- next:
+				current = next
+			case <-ctx.Done():
+				return
+			}
+		}
+		select {
+		case <-time.After(pause):
+		case <-s.again:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// ask gives the configuration as the manager wants it now.
+func (s *configSource) ask(ctx context.Context) (*Config, error) {
+	reply, err := s.client.ask(ctx)
+	if err != nil {
+		return nil, err
+	}
+	next, warnings, err := reply.merge(s.file)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.client.fetchCertificates(ctx, reply); err != nil {
+		return nil, err
+	}
+	if err := s.client.remember(reply); err != nil {
+		s.log.Warn("the manager's answer is not kept for a start without it", errAttrs(err))
+	}
+	for _, warning := range warnings {
+		s.log.Warn("configuration", "err", warning)
+	}
+	return next, nil
+}
+
+// lastAnswer gives the configuration that the manager's last good answer makes, nil if there is none.
+func (s *configSource) lastAnswer() *Config {
+	reply, at, err := s.client.remembered()
+	if err != nil {
+		s.log.Debug("no earlier answer of the manager is kept", errAttrs(err))
+		return nil
+	}
+	next, _, err := reply.merge(s.file)
+	if err != nil {
+		s.log.Warn("the manager's last answer does not fit the configuration", errAttrs(err))
+		return nil
+	}
+	s.log.Warn("starting with the manager's last answer", "received", at.Format(time.RFC3339))
+	return next
+}

@@ -1,0 +1,74 @@
+package main
+
+// service_slot.go stands in for the worker while there is none: the REST API answers from the first moment, but the
+// worker begins when its configuration is complete, for which a Job Manager may have to be waited.
+
+import (
+	"context"
+	"encoding/json"
+	"sync/atomic"
+	"time"
+)
+
+// A serviceSlot is a taskService that says "starting" until it is filled with the real one.
+type serviceSlot struct {
+	filled  atomic.Pointer[worker]
+	cfg     *Config
+	started time.Time
+}
+
+var _ taskService = (*serviceSlot)(nil)
+
+func newServiceSlot(cfg *Config) *serviceSlot { return &serviceSlot{cfg: cfg, started: time.Now()} }
+
+func (s *serviceSlot) fill(w *worker) { s.filled.Store(w) }
+
+func (s *serviceSlot) create(ctx context.Context, appID, event string, formBody json.RawMessage) (string, error) {
+	if w := s.filled.Load(); w != nil {
+		return w.create(ctx, appID, event, formBody)
+	}
+	return "", errStarting
+}
+
+func (s *serviceSlot) terminate(ctx context.Context, taskID string) error {
+	if w := s.filled.Load(); w != nil {
+		return w.terminate(ctx, taskID)
+	}
+	return errStarting
+}
+
+func (s *serviceSlot) notify(ctx context.Context, taskID, msg string) error {
+	if w := s.filled.Load(); w != nil {
+		return w.notify(ctx, taskID, msg)
+	}
+	return errStarting
+}
+
+func (s *serviceSlot) record(taskID string) (record, bool) {
+	if w := s.filled.Load(); w != nil {
+		return w.record(taskID)
+	}
+	return record{}, false
+}
+
+func (s *serviceSlot) list(f recordFilter) []record {
+	if w := s.filled.Load(); w != nil {
+		return w.list(f)
+	}
+	return nil
+}
+
+func (s *serviceSlot) health() healthReport {
+	if w := s.filled.Load(); w != nil {
+		return w.health()
+	}
+	status := healthStarting
+	if time.Since(s.started) > startPatience {
+		status = healthDown
+	}
+	return healthReport{
+		Status: status, Problems: []string{"the Job Manager at " + s.cfg.EndPoint + " has not answered yet"},
+		IdentityID: s.cfg.IdentityID, Version: version, UptimeS: int64(time.Since(s.started).Seconds()),
+		Broker: brokerHealth{Type: s.cfg.Broker.Type, Since: &s.started}, Execs: []execHealth{},
+	}
+}
