@@ -152,7 +152,7 @@ func TestConfigEveryKey(t *testing.T) {
 	dir := c.Dir
 	want := &Config{
 		File: filepath.Join(dir, "config.yaml"), Dir: dir,
-		IdentityID: "override", EndPoint: "http://manager:5280/base",
+		IdentityID: "override", EndPoint: "http://manager:5280/base", Project: "p-1",
 		Credential: Credential{ProjectID: "p-1", SecretKey: "s e c r e t"},
 		Broker: BrokerConfig{Key: "k", Name: "n", Type: "nats", Host: "a.example:4222,[::1]:4223", Port: 4224, Secure: true,
 			CAFile: dir + "/tls/ca", CertFile: "/abs/cert", KeyFile: dir + "/key", AuthType: "user_password_bcrypt",
