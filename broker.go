@@ -56,6 +56,9 @@ type Slots struct {
 
 // A Consumer is one subject being consumed.
 type Consumer interface {
+	// Ready is closed once the broker has taken the subscription for the first time: tasks that are published from then
+	// on arrive.
+	Ready() <-chan struct{}
 	// Wake says that Slots.Free may have grown.
 	Wake()
 	// Stop takes no new delivery and returns when handle is not called any more. What was handed out can still be
@@ -107,9 +110,33 @@ func openBroker(o brokerOptions) (Broker, error) {
 	case "local":
 		o.changed(nil)
 		return newLocalBroker(), nil
-	default:
-		return nil, fail(codeBrokerType, "open broker", fmt.Errorf("there is no type %q", o.config.Type))
+	case "nats":
+		return openNATS(o)
+	case "rabbitmq":
+		return openRabbitMQ(o)
+	case "redis":
+		return openRedis(o)
 	}
+	return nil, unknownBroker(o.config.Type)
+}
+
+// probeBroker connects once, logs in, sees that the broker answers, and leaves: for --dry-run.
+func probeBroker(ctx context.Context, o brokerOptions) error {
+	switch o.config.Type {
+	case "local":
+		return nil
+	case "nats":
+		return probeNATS(ctx, o)
+	case "rabbitmq":
+		return probeRabbitMQ(ctx, o)
+	case "redis":
+		return probeRedis(ctx, o)
+	}
+	return unknownBroker(o.config.Type)
+}
+
+func unknownBroker(kind string) error {
+	return fail(codeBrokerType, "open broker", fmt.Errorf("there is no type %q", kind))
 }
 
 // servers lists the addresses of a broker, host:port, from a host that may name several.

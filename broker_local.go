@@ -107,6 +107,12 @@ type localConsumer struct {
 	subject string
 }
 
+func (c *localConsumer) Ready() <-chan struct{} {
+	ready := make(chan struct{})
+	close(ready)
+	return ready
+}
+
 func (c *localConsumer) Wake() {}
 
 func (c *localConsumer) Stop() {

@@ -10,11 +10,11 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
-
 	"time"
 )
 
@@ -43,7 +43,66 @@ func dryRun(ctx context.Context, cfg *Config, out io.Writer) bool {
 	}
 	d.dataDir(cfg.DataDir)
 	d.port(ctx, cfg)
+	if complete := d.manager(ctx, cfg); complete != nil {
+		d.broker(ctx, complete)
+	}
 	return d.passed
+}
+
+// manager asks the Job Manager and gives the configuration that it completes, nil if it could not be asked.
+func (d *dryRunner) manager(ctx context.Context, cfg *Config) *Config {
+	if cfg.EndPoint == "" {
+		return cfg
+	}
+	source := newConfigSource(cfg, slog.New(slog.DiscardHandler))
+	source.onlyLooking = true
+	complete, warnings, err := source.ask(ctx)
+	if err != nil {
+		d.failed("manager "+cfg.EndPoint, err)
+		return nil
+	}
+	d.ok("manager %s answers: project %s, broker %s", cfg.EndPoint, complete.Project, complete.Broker.Type)
+	for _, warning := range warnings {
+		d.warn("%s", warning)
+	}
+	return complete
+}
+
+// broker connects once with the login that the worker would use.
+func (d *dryRunner) broker(ctx context.Context, cfg *Config) {
+	if cfg.Broker.Type == "local" {
+		return
+	}
+	secured, err := brokerTLS(cfg.Broker, cfg.Dir)
+	if err != nil {
+		d.failed("TLS files", err)
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, brokerProbeLimit)
+	defer cancel()
+	err = probeBroker(ctx, brokerOptions{
+		config: cfg.Broker, project: cfg.Project, identity: cfg.IdentityID, tls: secured,
+		log: slog.New(slog.DiscardHandler), changed: func(error) {},
+	})
+	if err != nil {
+		d.failed("broker "+cfg.Broker.Type, err)
+		return
+	}
+	d.ok("broker %s at %s accepts the login", cfg.Broker.Type, cfg.Broker.Host)
+}
+
+// brokerProbeLimit bounds how long a broker may take to accept a login.
+const brokerProbeLimit = 15 * time.Second
+
+// failed is fail for an error that brings its own cure.
+func (d *dryRunner) failed(what string, err error) {
+	cure := hintOf(err)
+	if code := codeOf(err); code != "" && cure != "" {
+		cure += "; " + string(code)
+	} else if code != "" {
+		cure = string(code)
+	}
+	d.fail(cure, "%s: %v", what, err)
 }
 
 func count(n int, noun string) string {

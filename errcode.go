@@ -250,6 +250,138 @@ const (
 	codeTLSFile errCode = "ERR-26112301409"
 )
 
+// NATS.
+const (
+	// A server in host is not host or host:port. Put logins into user, password and token, and no URL into host.
+	codeNATSServer errCode = "ERR-26112301101"
+	// The server could not be reached. Check host and port, that it runs, and that no firewall stands between.
+	codeNATSConnect errCode = "ERR-26112301102"
+	// The server refused the login. Check auth_type, user, password and token against the server's configuration.
+	codeNATSLogin errCode = "ERR-26112301103"
+	// TLS failed: a certificate is not trusted, has expired, names another host or is missing, or one side uses TLS and the
+	// other does not. Check secure, ca_file, cert_file and key_file.
+	codeNATSTLS errCode = "ERR-26112301104"
+	// Something is connected but does not answer as a NATS server does. Check the port, and the server's log.
+	codeNATSAnswer errCode = "ERR-26112301105"
+	// Nothing could be published because there is no connection; the text says why. Events wait and are sent later.
+	codeNATSAway errCode = "ERR-26112301106"
+	// The connection was lost, or the server did not answer any more. The worker connects again.
+	codeNATSLost errCode = "ERR-26112301107"
+	// The server did not confirm what was published: it may or may not have arrived, and is sent again.
+	codeNATSUnconfirmed errCode = "ERR-26112301108"
+	// A message is larger than the server's max_payload. Make it smaller, or raise max_payload on the server.
+	codeNATSTooLarge errCode = "ERR-26112301109"
+	// The server does not permit this login to publish on that subject. Extend its permissions.
+	codeNATSPermission errCode = "ERR-26112301110"
+	// A task was published that no worker listens for, or that its stream refused (it may be full). Start a worker with
+	// that job, or look at the stream's limits.
+	codeNATSTask errCode = "ERR-26112301111"
+	// A message could not be published for another reason, which the text says.
+	codeNATSPublish errCode = "ERR-26112301112"
+	// durable needs JetStream, and the server has it not enabled (for this account), or it does not answer. Start
+	// nats-server with -js, or leave durable out.
+	codeNATSJetStream errCode = "ERR-26112301113"
+	// The stream or consumer of a job's subject could not be made or used. The text says what stands in the way; remove
+	// what conflicts, or raise the account's limits. The worker tries again.
+	codeNATSStream errCode = "ERR-26112301114"
+	// The server did not confirm that a task was acknowledged or put back. It delivers the task again, and a worker that
+	// has finished it only reports it again.
+	codeNATSSettle errCode = "ERR-26112301115"
+	// --dry-run could log in, but the server did not answer after that. Look at the server.
+	codeNATSProbe errCode = "ERR-26112301116"
+)
+
+// RabbitMQ.
+const (
+	// No connection to the RabbitMQ server: nothing listens at host and port, or the network does not lead there. The
+	// worker tries again for ever; correct host and port, or start the server.
+	codeRabbitConnect errCode = "ERR-26112301201"
+	// The TLS handshake with RabbitMQ failed. The hint says which side to mend: secure and port, ca_file, or the client
+	// certificate in cert_file and key_file.
+	codeRabbitTLS errCode = "ERR-26112301202"
+	// RabbitMQ refuses user and password, or dropped the connection over them. Correct them; the user guest may only log
+	// in from the broker's own host.
+	codeRabbitLogin errCode = "ERR-26112301203"
+	// RabbitMQ has no such virtual host, the user may not use it, or a connection limit is reached. Correct vhost, or
+	// rabbitmqctl add_vhost and set_permissions.
+	codeRabbitVHost errCode = "ERR-26112301204"
+	// The server was reached but did not greet as RabbitMQ does: another service, TLS on a port that is used without, a
+	// client certificate that is missing, or a server that hangs.
+	codeRabbitHandshake errCode = "ERR-26112301205"
+	// A connection to RabbitMQ was lost, or the broker did not answer in time. The worker connects again by itself.
+	codeRabbitLost errCode = "ERR-26112301206"
+	// The configured exchange does not exist and could not be declared. Declare it by hand, or let the user configure it.
+	codeRabbitExchange errCode = "ERR-26112301207"
+	// RabbitMQ did not let the worker look for the configured exchange. The text has the broker's reason.
+	codeRabbitExchangeLook errCode = "ERR-26112301208"
+	// The channel for publishing could not be opened. The text has the broker's reason; it is tried again.
+	codeRabbitPublisher errCode = "ERR-26112301209"
+	// Nothing can be published while there is no connection. Events wait and are sent later; a task is refused.
+	codeRabbitAway errCode = "ERR-26112301210"
+	// RabbitMQ is short of memory or disk and takes no messages until it has them again. Events wait; free some.
+	codeRabbitBlocked errCode = "ERR-26112301211"
+	// RabbitMQ did not confirm a message, which may or may not have arrived. Events are sent again.
+	codeRabbitPublish errCode = "ERR-26112301212"
+	// A message could not be sent because the connection or its channel ended. Events are sent again.
+	codeRabbitSend errCode = "ERR-26112301213"
+	// No queue takes a task, so it was not accepted. Start a worker that has the job, or correct event and app_id.
+	codeRabbitUnrouted errCode = "ERR-26112301214"
+	// A job's queue could not be declared, or bound to the exchange. Give the user permission, or declare it by hand.
+	codeRabbitQueue errCode = "ERR-26112301215"
+	// No channel could be opened for a job's queue, such as when the broker's limit is reached. It is tried again.
+	codeRabbitChannel errCode = "ERR-26112301216"
+	// A job's queue could not be consumed. The text has the broker's reason, such as another's exclusive consumer.
+	codeRabbitConsume errCode = "ERR-26112301217"
+	// RabbitMQ closed the channel of a job's queue, such as for a task that was not acknowledged within consumer_timeout.
+	// What was not acknowledged is delivered again, and the journal knows it. The worker consumes on.
+	codeRabbitChannelLost errCode = "ERR-26112301218"
+	// A delivery could not be settled because the channel that it came by has ended. RabbitMQ delivers it again, and the
+	// journal tells that it is known.
+	codeRabbitStale errCode = "ERR-26112301219"
+	// A queue of the worker's own could not be declared or consumed, so messages to it, such as terminate, do not arrive.
+	// Give the user configure, write and read permission on queues named {task_id}_worker, _listen and the like.
+	codeRabbitSubscribe errCode = "ERR-26112301220"
+	// The channel for the worker's own queues ended while one was given up. They are all declared again.
+	codeRabbitUnsubscribe errCode = "ERR-26112301221"
+	// RabbitMQ closed the channel for the worker's own queues. They are declared again.
+	codeRabbitSubscriptions errCode = "ERR-26112301222"
+)
+
+// Redis.
+const (
+	// No connection to a Redis server could be made; the worker goes on trying. The text says which server, which user and
+	// what was tried; the hint what to look at.
+	codeRedisConnect errCode = "ERR-26112301301"
+	// The server answers but cannot be used: part of a Redis Cluster, a Sentinel, a replica, or older than 6.2 with durable.
+	// Name a standalone master, or several servers of which one is; with durable, one of version 6.2 or later.
+	codeRedisServer errCode = "ERR-26112301302"
+	// The connection to the Redis server was lost, did not answer for long, or the server refused what the worker needs; it
+	// connects again. Look at the server and the network, and at the user's permissions where the text says NOPERM.
+	codeRedisLost errCode = "ERR-26112301303"
+	// Something was to be published while there was no connection to Redis. It is sent later where that is said; otherwise
+	// try again when /health shows the broker as connected.
+	codeRedisAway errCode = "ERR-26112301304"
+	// A message could not be published to Redis, or it is not known whether it was. The text has the server's answer.
+	codeRedisPublish errCode = "ERR-26112301305"
+	// A task was published to a Redis channel that no worker listens on. Start a worker with that job, or set durable: true,
+	// which keeps tasks until there is one.
+	codeRedisNoWorker errCode = "ERR-26112301306"
+	// A plain task was won by this worker and could not be accepted, given to another worker or claimed in time: it is lost.
+	// Mend what the lines before say, send the task again, and set durable: true where tasks must not be lost.
+	codeRedisTaskLost errCode = "ERR-26112301307"
+	// The streams of tasks could not be read; the worker goes on trying. The text has the server's answer.
+	codeRedisRead errCode = "ERR-26112301308"
+	// A job's stream cannot be used: the key holds something else than a stream, or the user may not use it. Delete or
+	// rename the key, or give the permission; other jobs are not affected.
+	codeRedisStream errCode = "ERR-26112301309"
+	// A finished task could not be acknowledged to Redis. It is tried again for as long as this worker runs; if it stops
+	// before, another may run the task once more.
+	codeRedisSettle errCode = "ERR-26112301310"
+	// A running task is not this worker's any more: it was out of touch with Redis for over 30 s, Redis lost its data, or
+	// another worker has the same identity. The task may run twice. Give each worker an identity_id of its own.
+	codeRedisClaim errCode = "ERR-26112301311"
+)
+
 // A codedError is an error with its code: what was being done to what, why it failed, and perhaps what would help.
 type codedError struct {
 	code errCode

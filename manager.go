@@ -241,8 +241,11 @@ func (m *managerClient) readRefusal(response *http.Response) *managerRefusal {
 		}
 	case r.status >= 300 && r.status < 400:
 		r.message = response.Header.Get("Location")
-	case strings.HasPrefix(response.Header.Get("Content-Type"), "text/plain"):
-		r.message = string(text)
+	default:
+		// Go's own servers name no type when they are asked over http for https.
+		if kind := response.Header.Get("Content-Type"); kind == "" || strings.HasPrefix(kind, "text/plain") {
+			r.message = strings.ToValidUTF8(string(text), "?")
+		}
 	}
 	r.message = oneLine(redactKey(r.message, m.cfg.Credential.SecretKey), 200)
 	return r
@@ -267,7 +270,7 @@ func connectionHint(err error) string {
 		return "The manager's certificate is for another name: use that in end_point."
 	case errors.As(err, &untrusted):
 		return "This host does not trust the manager's certificate: add its CA to the system's, or name it in SSL_CERT_FILE."
-	case errors.As(err, &noTLS):
+	case errors.As(err, &noTLS) || errors.Is(err, http.ErrSchemeMismatch):
 		return "There is no TLS at that port: end_point probably begins with http://."
 	case errors.As(err, &unknownHost):
 		return "The host's name cannot be looked up: check end_point and this host's DNS."

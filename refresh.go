@@ -7,6 +7,7 @@ import (
 	"context"
 	"log/slog"
 	"reflect"
+	"slices"
 	"time"
 )
 
@@ -17,6 +18,8 @@ type configSource struct {
 	log     *slog.Logger
 	updates chan *Config  // complete configurations, each different from the one before
 	again   chan struct{} // ask the manager now
+
+	onlyLooking bool // for --dry-run: leave no answer behind
 }
 
 func newConfigSource(file *Config, log *slog.Logger) *configSource {
@@ -32,9 +35,10 @@ func (s *configSource) askAgain() { signalOnce(s.again) }
 // run asks the manager until ctx ends.
 func (s *configSource) run(ctx context.Context) {
 	var current *Config
+	var warned []string
 	failures := 0
 	for {
-		next, err := s.ask(ctx)
+		next, warnings, err := s.ask(ctx)
 		if ctx.Err() != nil {
 			return
 		}
@@ -48,6 +52,12 @@ func (s *configSource) run(ctx context.Context) {
 			}
 		} else {
 			failures = 0
+		}
+		if !slices.Equal(warnings, warned) { // not the same ones at each interval
+			for _, warning := range warnings {
+				s.log.Warn("configuration", "err", warning)
+			}
+			warned = warnings
 		}
 		if next != nil && (current == nil || !reflect.DeepEqual(next, current)) {
 			select {
@@ -66,26 +76,25 @@ func (s *configSource) run(ctx context.Context) {
 	}
 }
 
-// ask gives the configuration as the manager wants it now.
-func (s *configSource) ask(ctx context.Context) (*Config, error) {
+// ask gives the configuration as the manager wants it now, and what a person should know about it.
+func (s *configSource) ask(ctx context.Context) (complete *Config, warnings []string, err error) {
 	reply, err := s.client.ask(ctx)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	next, warnings, err := reply.merge(s.file)
-	if err != nil {
-		return nil, err
+	if complete, warnings, err = reply.merge(s.file); err != nil {
+		return nil, nil, err
 	}
 	if err := s.client.fetchCertificates(ctx, reply); err != nil {
-		return nil, err
+		return nil, nil, err
+	}
+	if s.onlyLooking {
+		return complete, warnings, nil
 	}
 	if err := s.client.remember(reply); err != nil {
-		s.log.Warn("the manager's answer is not kept for a start without it", errAttrs(err))
+		warnings = append(warnings, "the manager's answer is not kept for a start without it: "+err.Error())
 	}
-	for _, warning := range warnings {
-		s.log.Warn("configuration", "err", warning)
-	}
-	return next, nil
+	return complete, warnings, nil
 }
 
 // lastAnswer gives the configuration that the manager's last good answer makes, nil if there is none.

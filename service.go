@@ -21,7 +21,7 @@ func apiConfigOf(cfg *Config) apiConfig {
 
 // create sends a new task to the broker, or to the journal where there is none. It returns when the task is safe there.
 func (w *worker) create(ctx context.Context, appID, event string, formBody json.RawMessage) (string, error) {
-	if appID == "" {
+	if appID == "" || appID == w.cfg.Credential.ProjectID { // the manager may give the project another id in subjects
 		appID = w.cfg.Project
 	}
 	w.mu.Lock()
@@ -167,12 +167,13 @@ func (w *worker) health() healthReport {
 		problems["broker"] = brokerErr.Error()
 	}
 	switch {
-	case state == stateStarting && time.Since(w.started) > startPatience:
-		status = healthDown
-	case state == stateStarting:
-		status = healthStarting
 	case state == stateDraining:
 		status = healthDraining
+	case state != stateRunning:
+		status = healthStarting
+		if time.Since(w.started) > startPatience {
+			status = healthDown
+		}
 	case brokerErr != nil:
 		status = healthDown
 	default:

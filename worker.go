@@ -66,9 +66,10 @@ type worker struct {
 type workerState string
 
 const (
-	stateStarting workerState = "starting"
-	stateRunning  workerState = "running"
-	stateDraining workerState = "draining"
+	stateStarting  workerState = "starting"  // there is no journal yet
+	stateConsuming workerState = "consuming" // the broker may not have taken every subscription yet
+	stateRunning   workerState = "running"
+	stateDraining  workerState = "draining"
 )
 
 // Why a task's command is stopped: the cause of its context.
@@ -86,7 +87,8 @@ func newWorker(cfg *Config, baseURL string, recs *records, bus *eventBus, log *s
 	w := &worker{
 		cfg: cfg, baseURL: baseURL, log: log, bus: bus, records: recs,
 		spawner: startSpawner(), jobs: map[string]*jobRunner{}, started: time.Now(),
-		brokerErr: errNotConnected, brokerSince: time.Now(), state: stateStarting, hurry: make(chan struct{}), known: map[string]*task{}, problems: map[string]string{},
+		state: stateStarting, brokerErr: errNotConnected, brokerSince: time.Now(), hurry: make(chan struct{}),
+		known: map[string]*task{}, problems: map[string]string{},
 	}
 	w.ctx, w.cancel = context.WithCancelCause(context.Background())
 	w.queue = newScheduler(cfg.Concurrency, w.startTask)
@@ -168,6 +170,17 @@ func (w *worker) open(ctx context.Context) error {
 		w.mu.Lock()
 		w.consumers = append(w.consumers, consumer)
 		w.mu.Unlock()
+	}
+	w.mu.Lock()
+	w.state = stateConsuming
+	consumers := w.consumers
+	w.mu.Unlock()
+	for _, c := range consumers {
+		select {
+		case <-c.Ready():
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
 	}
 	w.mu.Lock()
 	w.state = stateRunning

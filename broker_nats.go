@@ -1,0 +1,426 @@
+package main
+
+// broker_nats.go is the broker NATS: it keeps one connection alive for ever, publishes with a round trip as proof, and
+// holds the subscriptions of plain NATS. broker_nats_link.go is one connection, from login to loss, and
+// broker_nats_stream.go consumes durably from JetStream.
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+const (
+	natsPort = 4222
+
+	// natsHandlesAtOnce bounds the deliveries that are being accepted at once: enough for the journal to write many in
+	// one go.
+	natsHandlesAtOnce = 64
+
+	// natsMaxWaiting bounds, in bytes, the tasks of one plain subject that have arrived and are not accepted yet.
+	natsMaxWaiting = 256 << 20
+
+	// natsDrainLimit bounds how long a consumer that stops waits for what the server has sent it already.
+	natsDrainLimit = 3 * time.Second
+)
+
+// A natsBroker has at most one connection at a time, a natsLink, and makes the next one when it is lost. The library's
+// own reconnecting is not used: a round trip over the next connection would confirm what was lost with the one before.
+type natsBroker struct {
+	brokerOptions
+	servers []string
+
+	// Intervals, shortened by tests.
+	roundTripPause, roundTripLimit time.Duration
+	ackWait                        time.Duration // of the durable consumers that are created
+
+	ctx   context.Context // of everything below
+	quit  context.CancelFunc
+	tasks sync.WaitGroup // serve, renewClaims and the consumers' own
+
+	claims     natsClaims
+	renewEvery chan time.Duration // to renewClaims: at least so often
+
+	mu            sync.Mutex // guards what follows
+	link          *natsLink  // nil while there is no connection
+	subscriptions map[*natsSubscription]struct{}
+	streams       map[*natsStream]struct{} // durable consumers that are not stopped
+	kept          map[string]bool          // subjects whose tasks go into a stream, also when nothing is taken any more
+
+	stateMu  sync.Mutex // guards what follows, and keeps the calls of changed in order
+	away     error      // why there is no connection
+	problems map[*natsStream]error
+	reported bool
+	told     string // what changed was called with last
+}
+
+var _ Broker = (*natsBroker)(nil)
+
+// A natsSubscription outlives the connections: each new one subscribes it again.
+type natsSubscription struct {
+	subject, group string
+	handle         func(*nats.Msg)    // one at a time; must not block
+	sub            *nats.Subscription // on the current connection, nil without one
+}
+
+// openNATS starts a connection in the background.
+func openNATS(o brokerOptions) (Broker, error) {
+	b, err := newNATS(o)
+	if err != nil {
+		return nil, err
+	}
+	b.start()
+	return b, nil
+}
+
+// newNATS is a broker that does not connect before start.
+func newNATS(o brokerOptions) (*natsBroker, error) {
+	b := &natsBroker{
+		brokerOptions: o, servers: o.config.servers(natsPort),
+		roundTripPause: roundTripPause, roundTripLimit: roundTripLimit, ackWait: claimLost,
+		subscriptions: map[*natsSubscription]struct{}{}, streams: map[*natsStream]struct{}{}, kept: map[string]bool{},
+		renewEvery: make(chan time.Duration), away: errors.New("not connected yet"), problems: map[*natsStream]error{},
+	}
+	for _, server := range b.servers {
+		if strings.ContainsAny(server, "@/?# ") {
+			return nil, fail(codeNATSServer, "open NATS broker", errors.New(
+				"host has to be host or host:port; logins belong into user, password and token"))
+		}
+	}
+	b.claims.held = map[natsMessageID]*natsDelivery{}
+	b.ctx, b.quit = context.WithCancel(context.Background())
+	return b, nil
+}
+
+func (b *natsBroker) start() {
+	b.tasks.Add(1)
+	go b.serve() // ends on Close
+	if b.config.Durable {
+		b.tasks.Add(1)
+		go b.renewClaims() // ends on Close
+	}
+}
+
+// serve connects, again and again, until Close.
+func (b *natsBroker) serve() {
+	defer b.tasks.Done()
+	for try := 0; ; try++ {
+		l, err := b.connect(b.ctx)
+		if err == nil {
+			began := time.Now()
+			err = b.use(l)
+			if time.Since(began) > maxReconnectPause {
+				try = 0
+			}
+		}
+		if b.ctx.Err() != nil {
+			return
+		}
+		b.setAway(err)
+		select {
+		case <-time.After(reconnectPause(try)):
+		case <-b.ctx.Done():
+			return
+		}
+	}
+}
+
+// use works with a connection until it is lost, and says why it was.
+func (b *natsBroker) use(l *natsLink) error {
+	go l.dispatch() // ends when the connection is closed and what had arrived is handled
+	b.mu.Lock()
+	b.link = l
+	for s := range b.subscriptions {
+		l.subscribe(s)
+	}
+	b.mu.Unlock()
+	b.claims.renew(l) // after an outage they may be short of being lost
+
+	err := l.roundTrip(b.ctx, b.roundTripLimit) // then the subscriptions are in effect
+	if err == nil {
+		b.setAway(nil)
+		b.wakeStreams()
+		err = l.watch(b.ctx, b.roundTripPause, b.roundTripLimit)
+	}
+	l.close()
+	b.mu.Lock()
+	b.link = nil
+	b.mu.Unlock()
+	<-l.dispatched // the next connection's messages come after this one's
+	b.wakeStreams()
+	return fail(codeNATSLost, "keep connection to NATS server "+l.server, err)
+}
+
+func (b *natsBroker) wakeStreams() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for c := range b.streams {
+		c.Wake()
+	}
+}
+
+// current is the connection, nil while there is none.
+func (b *natsBroker) current() *natsLink {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.link
+}
+
+// await is the connection, or the next one; nil when ctx or the broker ends before there is one.
+func (b *natsBroker) await(ctx context.Context) *natsLink {
+	for {
+		if l := b.current(); l != nil && l.nc.IsConnected() {
+			return l
+		}
+		select {
+		case <-time.After(20 * time.Millisecond): // of an outage: nobody waits for so little
+		case <-ctx.Done():
+			return nil
+		case <-b.ctx.Done():
+			return nil
+		}
+	}
+}
+
+// setAway notes that the connection has come (nil) or why there is none.
+func (b *natsBroker) setAway(err error) {
+	b.stateMu.Lock()
+	defer b.stateMu.Unlock()
+	b.away = err
+	b.tell()
+}
+
+// setProblem notes what keeps a durable consumer from working although there is a connection, nil when nothing does.
+func (b *natsBroker) setProblem(c *natsStream, err error) {
+	b.stateMu.Lock()
+	defer b.stateMu.Unlock()
+	if err == nil {
+		delete(b.problems, c)
+	} else {
+		b.problems[c] = err
+	}
+	b.tell()
+}
+
+// tell calls changed when the state is another than it was, with stateMu held.
+func (b *natsBroker) tell() {
+	state, text := b.away, ""
+	if state != nil {
+		text = state.Error()
+	} else {
+		for _, err := range b.problems { // of several always the same, so that it is told once
+			if state == nil || err.Error() < text {
+				state, text = err, err.Error()
+			}
+		}
+	}
+	if !b.reported || text != b.told {
+		b.reported, b.told = true, text
+		b.changed(state)
+	}
+}
+
+// errAway is why nothing can be sent just now.
+func (b *natsBroker) errAway(op string) error {
+	b.stateMu.Lock()
+	defer b.stateMu.Unlock()
+	why := b.away
+	if why == nil {
+		why = errors.New("the connection was lost just now")
+	}
+	return fail(codeNATSAway, op, fmt.Errorf("no connection to NATS: %w", why))
+}
+
+// Publish writes all messages and confirms them with one round trip; tasks are confirmed one by one.
+func (b *natsBroker) Publish(ctx context.Context, messages ...Message) (sent int, err error) {
+	l := b.current()
+	if l == nil {
+		return 0, b.errAway("publish")
+	}
+	ctx, stop := context.WithTimeout(ctx, b.roundTripLimit)
+	defer stop()
+	return l.publish(ctx, b.keeps, messages)
+}
+
+// keeps reports whether tasks on a subject go into a stream of ours, whose answer says that they are safe.
+func (b *natsBroker) keeps(subject string) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.kept[subject]
+}
+
+func (b *natsBroker) Subscribe(subject string, handle func(data []byte)) func() {
+	s := &natsSubscription{subject: subject, handle: func(m *nats.Msg) { handle(m.Data) }}
+	b.subscribe(s)
+	return func() { b.unsubscribe(s) }
+}
+
+func (b *natsBroker) SubscribeAll(subject string, handle func(data []byte)) func() {
+	return b.Subscribe(subject, handle)
+}
+
+func (b *natsBroker) subscribe(s *natsSubscription) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.subscriptions[s] = struct{}{}
+	if b.link != nil {
+		b.link.subscribe(s)
+	}
+}
+
+func (b *natsBroker) unsubscribe(s *natsSubscription) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	delete(b.subscriptions, s)
+	if b.link != nil {
+		b.link.unsubscribe(s)
+	}
+}
+
+// Consume shares the tasks of a subject with the other workers of the project: through a stream if the connection is
+// configured as durable, else through a queue group, at most once as far as the journal.
+func (b *natsBroker) Consume(subject string, slots Slots, handle func(Delivery)) Consumer {
+	if b.config.Durable {
+		return b.consumeStream(subject, slots, handle)
+	}
+	q := &natsQueue{broker: b, handle: handle, ready: make(chan struct{})}
+	q.idle.L = &q.mu
+	q.subscription = &natsSubscription{subject: subject, group: b.project, handle: q.arrived}
+	b.subscribe(q.subscription)
+	b.tasks.Add(1)
+	go func() { // ends when the server has the subscription, or on Close
+		defer b.tasks.Done()
+		b.confirm(q.ready)
+	}()
+	return q
+}
+
+// confirm closes subscribed once the server has what was subscribed before: it has answered since.
+func (b *natsBroker) confirm(subscribed chan<- struct{}) {
+	for n := 0; ; n++ {
+		if l := b.current(); l != nil {
+			ctx, stop := context.WithTimeout(b.ctx, b.roundTripLimit)
+			err := l.nc.FlushWithContext(ctx)
+			stop()
+			if err == nil {
+				close(subscribed)
+				return
+			}
+		}
+		select {
+		case <-time.After(reconnectPause(n)):
+		case <-b.ctx.Done():
+			return
+		}
+	}
+}
+
+func (b *natsBroker) Close() error {
+	b.quit()
+	b.tasks.Wait()
+	return nil
+}
+
+// A natsQueue is this worker's share of a plain subject. NATS has forgotten what it sent, so everything that arrives
+// waits here until the worker's journal has it; a command's slot is no matter of this consumer.
+type natsQueue struct {
+	broker       *natsBroker
+	subscription *natsSubscription
+	handle       func(Delivery)
+	ready        chan struct{}
+
+	mu      sync.Mutex // guards what follows
+	idle    sync.Cond  // running has become 0
+	waiting []*nats.Msg
+	bytes   int
+	running int // goroutines that call handle
+	dropped int
+}
+
+// arrived lets a task wait for handle.
+func (q *natsQueue) arrived(m *nats.Msg) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.bytes+len(m.Data) > natsMaxWaiting {
+		q.dropped++
+		if q.dropped&(q.dropped-1) == 0 { // 1, 2, 4, … so that a flood is not logged line by line
+			q.broker.log.Error("tasks lost: they arrive faster than the journal can be written",
+				"subject", m.Subject, "lost", q.dropped)
+		}
+		return
+	}
+	q.waiting = append(q.waiting, m)
+	q.bytes += len(m.Data)
+	if q.running < natsHandlesAtOnce {
+		q.running++
+		q.broker.tasks.Add(1)
+		go q.work() // ends when nothing waits; Stop and Close wait for it
+	}
+}
+
+func (q *natsQueue) work() {
+	defer q.broker.tasks.Done()
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for len(q.waiting) > 0 {
+		m := q.waiting[0]
+		q.waiting[0] = nil
+		q.waiting = q.waiting[1:]
+		q.bytes -= len(m.Data)
+		q.mu.Unlock()
+		q.handle(Delivery{Subject: m.Subject, Data: m.Data})
+		q.mu.Lock()
+	}
+	q.waiting = nil
+	if q.running--; q.running == 0 {
+		q.idle.Broadcast()
+	}
+}
+
+// Wake has no meaning here: the journal has room when no slot is free.
+func (q *natsQueue) Ready() <-chan struct{} { return q.ready }
+
+func (q *natsQueue) Wake() {}
+
+// Stop leaves the group, lets what the server has sent meanwhile arrive, and hands it out.
+func (q *natsQueue) Stop() {
+	b := q.broker
+	b.mu.Lock()
+	delete(b.subscriptions, q.subscription)
+	l := b.link
+	b.mu.Unlock()
+	if l != nil {
+		l.drain(natsDrainLimit, q.subscription)
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for q.running > 0 {
+		q.idle.Wait()
+	}
+}
+
+// probeNATS connects once, as --dry-run wants it: login, a round trip and, for durable, JetStream.
+func probeNATS(ctx context.Context, o brokerOptions) error {
+	b, err := newNATS(o)
+	if err != nil {
+		return err
+	}
+	defer b.quit()
+	l, err := b.connect(ctx)
+	if err != nil {
+		return err
+	}
+	defer l.close()
+	if err := l.roundTrip(ctx, b.roundTripLimit); err != nil {
+		return fail(codeNATSProbe, "ask NATS server "+l.server, err)
+	}
+	if o.config.Durable {
+		return l.probeJetStream(ctx)
+	}
+	return nil
+}

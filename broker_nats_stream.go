@@ -1,0 +1,461 @@
+package main
+
+// broker_nats_stream.go consumes a job's tasks from JetStream: a work-queue stream per subject, pulled for free slots
+// only, with claims that are kept alive until the tasks are settled. The connection is broker_nats_link.go's.
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+const (
+	// natsPullExpiry is how long a request for tasks waits at the server. One whose end was not heard of is given up
+	// natsPullGrace later.
+	natsPullExpiry = 20 * time.Second
+	natsPullGrace  = 5 * time.Second
+
+	// Requests that wait at the server for more tasks than there are slots are taken back, so that other workers get the
+	// tasks: natsFullPause after there is no slot at all, natsLessPause after there are fewer. The pauses spare short
+	// tasks the to and fro.
+	natsFullPause = 25 * time.Millisecond
+	natsLessPause = 250 * time.Millisecond
+
+	// natsRefusedPause is how long a consumer pulls nothing after a delivery was refused: it comes back at once, and
+	// others shall have it.
+	natsRefusedPause = 250 * time.Millisecond
+
+	// natsRetryPause is how long, at least, what could not be made is left alone. A server that has just deleted a stream
+	// may still be clearing its folder, and would clear a new one of that name with it.
+	natsRetryPause = time.Second
+
+	natsAPILimit = 5 * time.Second // for one request to JetStream's management
+	natsMaxName  = 200             // bytes of a stream's or consumer's name; servers allow 255
+)
+
+// A natsStream is this worker's share of the tasks that a stream keeps for a subject.
+type natsStream struct {
+	broker  *natsBroker
+	subject string
+	slots   Slots
+	handle  func(Delivery)
+
+	usable  chan struct{}   // closed once stream and consumer have been seen
+	wake    chan struct{}   // something has changed
+	ctx     context.Context // ends on Stop and with the broker
+	quit    context.CancelFunc
+	ended   chan struct{}  // closed when run has ended
+	handles sync.WaitGroup // calls of handle
+
+	// Only run uses these.
+	on        *natsLink // the connection that the consumer has been seen on
+	next      string    // subject of the requests for tasks
+	warned    bool
+	overSince time.Time // since when more is requested than there is room for, zero if it is not
+
+	mu        sync.Mutex // guards what follows
+	pulls     map[*natsPull]struct{}
+	unsettled int       // deliveries that are neither settled nor refused
+	handling  int       // of these, those that handle has not returned for
+	missing   bool      // the server says that stream or consumer is gone
+	notBefore time.Time // nothing is pulled until then
+}
+
+// A natsPull is a request for tasks that waits at the server.
+type natsPull struct {
+	subscription *natsSubscription // its answers
+	link         *natsLink
+	left         int // tasks that it still waits for
+	deadline     time.Time
+}
+
+func (b *natsBroker) consumeStream(subject string, slots Slots, handle func(Delivery)) *natsStream {
+	c := &natsStream{
+		broker: b, subject: subject, slots: slots, handle: handle,
+		usable: make(chan struct{}), wake: make(chan struct{}, 1), ended: make(chan struct{}), pulls: map[*natsPull]struct{}{},
+	}
+	c.ctx, c.quit = context.WithCancel(b.ctx)
+	b.mu.Lock()
+	b.streams[c] = struct{}{}
+	b.kept[subject] = true
+	b.mu.Unlock()
+	b.tasks.Add(1)
+	go c.run() // ends on Stop or Close
+	return c
+}
+
+// Wake lets run look at the free slots again.
+func (c *natsStream) Ready() <-chan struct{} { return c.usable }
+
+func (c *natsStream) Wake() {
+	select {
+	case c.wake <- struct{}{}:
+	default: // it will look anyway
+	}
+}
+
+// Stop takes the requests back and puts back what was on its way.
+func (c *natsStream) Stop() {
+	b := c.broker
+	c.quit()
+	<-c.ended
+	b.mu.Lock()
+	delete(b.streams, c)
+	b.mu.Unlock()
+	c.takeBack()
+	c.handles.Wait()
+	b.setProblem(c, nil)
+}
+
+// run keeps as many tasks requested as there are free slots.
+func (c *natsStream) run() {
+	defer c.broker.tasks.Done()
+	defer close(c.ended)
+	for {
+		pause := natsPullExpiry
+		if l := c.broker.current(); l != nil {
+			if pause = c.ready(l); pause == 0 {
+				pause = c.pull(l)
+			}
+		}
+		timer := time.NewTimer(pause)
+		select {
+		case <-c.wake:
+		case <-timer.C:
+		case <-c.ctx.Done():
+			timer.Stop()
+			return
+		}
+		timer.Stop()
+	}
+}
+
+// ready sees to the stream and the consumer on a new connection, and when they are gone. It is 0 when they are there,
+// else how long to wait before the next try.
+func (c *natsStream) ready(l *natsLink) time.Duration {
+	c.mu.Lock()
+	missing, wait := c.missing, time.Until(c.notBefore)
+	c.mu.Unlock()
+	switch {
+	case l == c.on && !missing:
+		return 0
+	case wait > 0:
+		return wait
+	case l == c.on:
+		c.takeBack()
+	}
+	if err := c.prepare(l); err != nil {
+		if c.ctx.Err() == nil && l.nc.IsConnected() { // else that is what is wrong, and known
+			c.broker.setProblem(c, err)
+		}
+		wait = natsRetryPause + rand.N(natsRetryPause)
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.notBefore = time.Now().Add(wait)
+		return wait
+	}
+	c.broker.setProblem(c, nil)
+	if c.on == nil {
+		close(c.usable)
+	}
+	c.on = l
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.missing = false
+	clear(c.pulls) // they have gone with their connection
+	return 0
+}
+
+// pull requests tasks for the free slots that no request stands for yet, and says when it wants to be called again if
+// nothing happens before.
+func (c *natsStream) pull(l *natsLink) (pause time.Duration) {
+	now := time.Now()
+	c.mu.Lock()
+	requested := 0
+	pause = natsPullExpiry
+	for p := range c.pulls {
+		if now.After(p.deadline) {
+			c.drop(p)
+			c.missing = true // a consumer that exists would have said that the time is over
+			c.Wake()
+			continue
+		}
+		requested += p.left
+		pause = min(pause, time.Until(p.deadline))
+	}
+	handling, room := c.handling, c.slots.Limit-c.unsettled
+	wait := c.notBefore.Sub(now)
+	c.mu.Unlock()
+	// Asked last: what is accepted meanwhile then counts twice, and not never. Without mu, since Free has its own locks.
+	room = max(0, min(room, c.slots.Free()-handling))
+
+	if requested > room {
+		patience := natsLessPause
+		if room == 0 {
+			patience = natsFullPause
+		}
+		if c.overSince.IsZero() {
+			c.overSince = now
+		}
+		if left := patience - now.Sub(c.overSince); left > 0 {
+			return left
+		}
+		c.takeBack()
+		c.Wake() // what arrived meanwhile counts
+		return pause
+	}
+	c.overSince = time.Time{}
+	if room > requested && wait > 0 {
+		return wait
+	}
+	if room > requested {
+		c.request(l, room-requested)
+	}
+	return pause
+}
+
+// request asks for n tasks.
+func (c *natsStream) request(l *natsLink, n int) {
+	p := &natsPull{link: l, left: n, deadline: time.Now().Add(natsPullExpiry + natsPullGrace)}
+	inbox := nats.NewInbox() // of its own, since a task does not say which request it answers
+	p.subscription = &natsSubscription{subject: inbox, handle: func(m *nats.Msg) { c.arrived(p, m) }}
+	c.mu.Lock()
+	c.pulls[p] = struct{}{}
+	c.mu.Unlock()
+	l.subscribe(p.subscription)
+	ask := fmt.Sprintf(`{"batch":%d,"expires":%d}`, n, natsPullExpiry)
+	if err := l.nc.PublishRequest(c.next, inbox, []byte(ask)); err != nil {
+		c.broker.log.Debug("no tasks requested", errAttrs(err), "subject", c.subject) // the connection is gone
+	}
+}
+
+// takeBack ends all requests. What the server has answered already still arrives before it returns.
+func (c *natsStream) takeBack() {
+	c.mu.Lock()
+	var l *natsLink
+	var subscriptions []*natsSubscription
+	for p := range c.pulls {
+		l = p.link // the same for all
+		subscriptions = append(subscriptions, p.subscription)
+	}
+	c.mu.Unlock()
+	if l != nil {
+		l.drain(natsDrainLimit, subscriptions...)
+	}
+	c.mu.Lock()
+	clear(c.pulls)
+	c.mu.Unlock()
+}
+
+// drop forgets a request that has got its answers, with mu held.
+func (c *natsStream) drop(p *natsPull) {
+	delete(c.pulls, p)
+	p.link.unsubscribe(p.subscription)
+}
+
+// arrived takes an answer to a request: a task, or why no more come.
+func (c *natsStream) arrived(p *natsPull, m *nats.Msg) {
+	if m.Reply == "" { // a task has an address for its acknowledgement
+		c.answered(p, m.Header.Get("Status"), m.Header.Get("Description"))
+		return
+	}
+	d := &natsDelivery{consumer: c, reply: m.Reply}
+	about, err := m.Metadata()
+	if err != nil {
+		c.broker.log.Warn("answer without a task", errAttrs(err), "subject", c.subject)
+		return
+	}
+	d.id = natsMessageID{about.Stream, about.Sequence.Stream, about.Timestamp.UnixNano()}
+
+	stopped := c.ctx.Err() != nil
+	// A task that runs here comes back to us when the claim on it was lost in an outage: then the claim is new, no more.
+	taken := !stopped && c.broker.claims.add(d)
+	c.mu.Lock() // in one go, so that what was requested is now being handled and never neither
+	if p.left--; p.left <= 0 {
+		c.drop(p)
+	}
+	if taken {
+		c.unsettled++
+		c.handling++
+	}
+	c.mu.Unlock()
+	if !taken {
+		verdict := "+WPI"
+		if stopped {
+			verdict = "-NAK" // for another worker
+		}
+		_ = p.link.nc.Publish(m.Reply, []byte(verdict)) // else the server does the same a little later
+		c.Wake()
+		return
+	}
+	c.handles.Add(1)
+	c.broker.tasks.Add(1)
+	go func() { // ends when the task is accepted; Stop and Close wait for it
+		defer c.broker.tasks.Done()
+		defer c.handles.Done()
+		c.handle(Delivery{
+			Subject: c.subject, Data: m.Data, Held: true, Attempt: int(min(about.NumDelivered, 1<<30)),
+			Ack: d.ack, Nack: d.nack,
+		})
+		c.mu.Lock()
+		d.handled = true
+		c.handling--
+		c.mu.Unlock()
+		c.broker.wakeStreams() // there may be less room for other jobs now
+	}()
+}
+
+// answered ends a request.
+func (c *natsStream) answered(p *natsPull, status, description string) {
+	defer c.Wake()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, waits := c.pulls[p]; waits {
+		c.drop(p)
+	}
+	switch status {
+	case "404", "408": // it has waited long enough
+		return
+	case "503": // nobody listens where tasks are requested
+		c.missing = true
+	case "409": // many reasons, told apart by their text only
+		c.missing = c.missing || strings.Contains(strings.ToLower(description), "deleted")
+	}
+	c.notBefore = time.Now().Add(natsRetryPause/2 + rand.N(natsRetryPause))
+	c.broker.log.Debug("no tasks from NATS", "err", status+" "+description, "subject", c.subject)
+}
+
+// putBack notes that a delivery is given back: where it was not even accepted, the next ones had better go elsewhere.
+func (c *natsStream) putBack(d *natsDelivery) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !d.handled {
+		c.notBefore = time.Now().Add(natsRefusedPause)
+	}
+}
+
+// prepare finds or makes the stream and the consumer.
+func (c *natsStream) prepare(l *natsLink) error {
+	ctx, stop := context.WithTimeout(c.ctx, 4*natsAPILimit)
+	defer stop()
+	js, err := l.nc.JetStream(nats.MaxWait(natsAPILimit))
+	if err != nil {
+		return l.streamError(c.subject, err)
+	}
+	name, err := c.stream(ctx, js)
+	if err != nil {
+		return l.streamError(c.subject, err)
+	}
+	durable, err := c.durable(ctx, js, name)
+	if err != nil {
+		return l.streamError(c.subject, err)
+	}
+	c.next = "$JS.API.CONSUMER.MSG.NEXT." + name + "." + durable
+	return nil
+}
+
+// stream is the name of the stream that keeps the subject's tasks.
+func (c *natsStream) stream(ctx context.Context, js nats.JetStreamContext) (string, error) {
+	name, err := js.StreamNameBySubject(c.subject, nats.Context(ctx))
+	if errors.Is(err, nats.ErrNoMatchingStream) {
+		name = natsName(c.subject)
+		_, err = js.AddStream(&nats.StreamConfig{
+			Name: name, Subjects: []string{c.subject}, Retention: nats.WorkQueuePolicy, Storage: nats.FileStorage,
+			Description: "tasks of a job, for job_item",
+		}, nats.Context(ctx))
+		if err != nil {
+			return "", fmt.Errorf("make stream %q: %w", name, err)
+		}
+		return name, nil
+	}
+	return name, err
+}
+
+// durable is the name of the stream's consumer that the workers of the project share.
+func (c *natsStream) durable(ctx context.Context, js nats.JetStreamContext, stream string) (string, error) {
+	info, err := js.StreamInfo(stream, nats.Context(ctx))
+	if err != nil {
+		return "", fmt.Errorf("look at stream %q: %w", stream, err)
+	}
+	has := info.Config
+	own := has.Retention == nats.WorkQueuePolicy
+	if (!own || has.Storage != nats.FileStorage || len(has.Subjects) != 1 || has.Subjects[0] != c.subject) && !c.warned {
+		c.broker.log.Warn("stream exists with other properties and is used as it is", "subject", c.subject,
+			"stream", stream, "retention", has.Retention.String(), "storage", has.Storage.String(), "subjects", has.Subjects)
+	}
+
+	name := natsName(c.subject)
+	found, err := js.ConsumerInfo(stream, name, nats.Context(ctx))
+	if errors.Is(err, nats.ErrConsumerNotFound) {
+		wanted := &nats.ConsumerConfig{
+			Durable: name, FilterSubject: c.subject, AckPolicy: nats.AckExplicitPolicy, AckWait: c.broker.ackWait,
+			MaxDeliver: -1, MaxAckPending: -1, MaxWaiting: 4096, Description: "workers of project " + c.broker.project,
+		}
+		if !own {
+			// What such a stream holds may have been done long ago, by workers that did not use it.
+			wanted.DeliverPolicy = nats.DeliverNewPolicy
+			c.broker.log.Warn("tasks that the stream holds already are not run: it keeps what is done",
+				"subject", c.subject, "stream", stream)
+		}
+		found, err = js.AddConsumer(stream, wanted, nats.Context(ctx))
+	}
+	if err != nil {
+		return "", fmt.Errorf("consumer %q of stream %q: %w", name, stream, err)
+	}
+	if has := found.Config; has.DeliverSubject != "" || has.AckPolicy != nats.AckExplicitPolicy || has.FilterSubject != c.subject {
+		return "", fmt.Errorf("consumer %q of stream %q is not one to pull %q from with explicit acknowledgements",
+			name, stream, c.subject)
+	}
+	if found.Config.MaxDeliver > 0 && !c.warned {
+		c.broker.log.Warn("consumer gives a task up after some deliveries and is used as it is",
+			"subject", c.subject, "stream", stream, "max_deliver", found.Config.MaxDeliver)
+	}
+	c.warned = true
+	select {
+	case c.broker.renewEvery <- found.Config.AckWait / 3:
+	case <-ctx.Done():
+	}
+	return name, nil
+}
+
+// streamError is why a subject cannot be consumed durably.
+func (l *natsLink) streamError(subject string, err error) error {
+	op := fmt.Sprintf("consume %q durably from NATS server %s", subject, l.server)
+	if errors.Is(err, nats.ErrJetStreamNotEnabled) || errors.Is(err, nats.ErrJetStreamNotEnabledForAccount) ||
+		errors.Is(err, context.DeadlineExceeded) || errors.Is(err, nats.ErrTimeout) {
+		return fail(codeNATSJetStream, op, fmt.Errorf("%w; durable needs JetStream enabled on the server", err))
+	}
+	return fail(codeNATSStream, op, err)
+}
+
+// probeJetStream asks whether this login may use JetStream.
+func (l *natsLink) probeJetStream(ctx context.Context) error {
+	ctx, stop := context.WithTimeout(ctx, natsAPILimit)
+	defer stop()
+	js, err := l.nc.JetStream()
+	if err == nil {
+		_, err = js.AccountInfo(nats.Context(ctx))
+	}
+	if err != nil {
+		return l.streamError(">", err)
+	}
+	return nil
+}
+
+// natsName is the name of a subject's stream and consumer: the subject, with a sign for the dot, which names must not
+// have and subjects of jobs do not have.
+func natsName(subject string) string {
+	name := strings.ReplaceAll(subject, ".", "=")
+	if len(name) > natsMaxName {
+		sum := sha256.Sum256([]byte(subject))
+		name = fmt.Sprintf("%s=%x", name[:natsMaxName-33], sum[:16])
+	}
+	return name
+}
