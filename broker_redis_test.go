@@ -662,6 +662,8 @@ func TestRedisSeveralServers(t *testing.T) {
 	})
 }
 
+func redisClient(addr string) *redis.Client { return redis.NewClient(&redis.Options{Addr: addr}) }
+
 // A redisAuthority makes certificates.
 type redisAuthority struct {
 	dir  string
