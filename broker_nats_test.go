@@ -40,14 +40,14 @@ type natsServer struct {
 	cmd  *exec.Cmd
 	gone chan struct{}
 
-	gate       *natsGate // nil: workers connect to addr
+	gate       *portGate // nil: workers connect to addr
 	collectors []*nats.Conn
 }
 
 // startNATS starts a server for the suites that run over every broker.
 func startNATS(t testing.TB) testServer {
 	s := newNATSServer(t, "-js", "-sd", t.TempDir())
-	s.gate = openNATSGate(t, s.addr)
+	s.gate = openPortGate(t, s.addr)
 	return s
 }
 
@@ -166,47 +166,6 @@ func (s *natsServer) collect(t testing.TB) *collector {
 	}
 	s.collectors = append(s.collectors, nc)
 	return c
-}
-
-// A natsGate is a port in front of a server that lets nobody through while it is not open.
-type natsGate struct {
-	listener net.Listener
-	open     atomic.Bool
-}
-
-func openNATSGate(t testing.TB, to string) *natsGate {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	g := &natsGate{listener: listener}
-	g.open.Store(true)
-	t.Cleanup(func() { listener.Close() })
-	go func() { // ends with the listener
-		for {
-			in, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			out, err := net.Dial("tcp", to)
-			if err != nil || !g.open.Load() {
-				in.Close()
-				if err == nil {
-					out.Close()
-				}
-				continue
-			}
-			for _, pair := range [][2]net.Conn{{in, out}, {out, in}} {
-				go func() { // ends with either connection
-					io.Copy(pair[0], pair[1])
-					in.Close()
-					out.Close()
-				}()
-			}
-		}
-	}()
-	return g
 }
 
 // openNATSForTest opens a broker that changes may alter first, waits until it is connected and closes it in the end.

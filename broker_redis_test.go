@@ -40,12 +40,19 @@ type redisServer struct {
 	args      []string
 	cmd       *exec.Cmd
 	client    *redis.Client
+
+	gate       *portGate // nil: workers connect to addr
+	collectors int64
 }
 
 var _ testServer = (*redisServer)(nil)
 
 // startRedis starts a server that ends with the test.
-func startRedis(t testing.TB) testServer { return newRedisServer(t) }
+func startRedis(t testing.TB) testServer {
+	s := newRedisServer(t)
+	s.gate = openPortGate(t, s.addr())
+	return s
+}
 
 func newRedisServer(t testing.TB, args ...string) *redisServer {
 	t.Helper()
@@ -65,6 +72,10 @@ func newRedisServer(t testing.TB, args ...string) *redisServer {
 func (s *redisServer) addr() string { return "127.0.0.1:" + s.port }
 
 func (s *redisServer) connection() string {
+	if s.gate != nil {
+		_, port, _ := net.SplitHostPort(s.gate.listener.Addr().String())
+		return "{type: redis, host: 127.0.0.1, port: " + port + "}"
+	}
 	return "{type: redis, host: 127.0.0.1, port: " + s.port + "}"
 }
 
@@ -104,10 +115,22 @@ func (s *redisServer) start(t testing.TB) {
 		}
 		return err.Error() + "\n" + log.String()
 	})
+	if s.gate != nil {
+		waitFor(t, 20*time.Second, func() string {
+			if n, err := s.client.PubSubNumPat(context.Background()).Result(); n < s.collectors {
+				return fmt.Sprintf("%d of %d collectors are back, %v", n, s.collectors, err)
+			}
+			return ""
+		})
+		s.gate.open.Store(true)
+	}
 }
 
 func (s *redisServer) stop(t testing.TB) {
 	t.Helper()
+	if s.gate != nil {
+		s.gate.open.Store(false)
+	}
 	s.cmd.Process.Kill()
 	s.cmd.Wait()
 	s.cmd = nil
@@ -143,6 +166,7 @@ func (s *redisServer) collect(t testing.TB) *collector {
 	if _, err := pubsub.Receive(context.Background()); err != nil {
 		t.Fatal(err)
 	}
+	s.collectors++
 	done := make(chan struct{})
 	go func() { // ends with the test
 		defer close(done)

@@ -6,10 +6,12 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"net"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -43,7 +45,7 @@ func (c *collector) of(taskID string) []publishedEvent {
 	defer c.mu.Unlock()
 	var found []publishedEvent
 	for _, e := range c.events {
-		if rest, ok := strings.CutPrefix(e.subject, taskID); ok {
+		if rest, ok := strings.CutPrefix(e.subject, taskID); ok && strings.ContainsAny(rest[:min(len(rest), 1)], "_.") {
 			found = append(found, publishedEvent{rest, e.data})
 		}
 	}
@@ -62,6 +64,48 @@ func (c *collector) finish(t testing.TB, taskID string) []publishedEvent {
 		return ""
 	})
 	return events
+}
+
+// A portGate is a port in front of a server that lets nobody through while it is not open: after a restart those who
+// collect must be back before the workers, since events are not kept for who is late.
+type portGate struct {
+	listener net.Listener
+	open     atomic.Bool
+}
+
+func openPortGate(t testing.TB, to string) *portGate {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := &portGate{listener: listener}
+	g.open.Store(true)
+	t.Cleanup(func() { listener.Close() })
+	go func() { // ends with the listener
+		for {
+			in, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			out, err := net.Dial("tcp", to)
+			if err != nil || !g.open.Load() {
+				in.Close()
+				if err == nil {
+					out.Close()
+				}
+				continue
+			}
+			for _, pair := range [][2]net.Conn{{in, out}, {out, in}} {
+				go func() { // ends with either connection
+					io.Copy(pair[0], pair[1])
+					in.Close()
+					out.Close()
+				}()
+			}
+		}
+	}()
+	return g
 }
 
 // A collector's deliveries, and what a broker's test may use to look at one broker alone.

@@ -28,6 +28,9 @@ need() {
 need gcc gcc # the race detector links with it
 need python3 python3
 need node nodejs
+need nats-server nats-server
+need redis-server redis-server
+need rabbitmq-server rabbitmq-server
 export JOB_ITEM_TEST_COMPLETE=1 # a test that lacks its program fails instead of being skipped
 
 say "gofmt"
