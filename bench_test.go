@@ -146,3 +146,88 @@ func median(values []float64) float64 {
 	sorted := slices.Sorted(slices.Values(values))
 	return sorted[len(sorted)/2]
 }
+
+// BenchmarkBroker is the same on each broker: tasks per second, and when idle the time from the publishing of a task to
+// the arrival of its _finish, beside the time of the bare command and of a message through the broker and back.
+func BenchmarkBroker(b *testing.B) {
+	for _, kind := range brokerKinds {
+		b.Run(kind.name, func(b *testing.B) { benchmarkBroker(b, kind) })
+	}
+}
+
+func benchmarkBroker(b *testing.B, kind brokerKind) {
+	const tasks, rounds, idleTasks, concurrency = 400, 3, 100, 8
+	server := kind.start(b)
+	a := newAgent(b, fmt.Sprintf("identity_id: bench\ncredential: {project_id: p1}\nbroker_connection: %s\n"+
+		"concurrency: %d\njobs:\n  - {event: nothing, cmd: 'true'}\n", kind.connection(server), concurrency))
+	a.env = []string{"LOG_LEVEL=WARN"}
+	a.launch()
+	waitFor(b, 20*time.Second, func() string { return strings.TrimPrefix("ok", a.health().Status) })
+	cfg, err := loadConfig(filepath.Join(a.dir, "config.yaml"), os.LookupEnv)
+	if err != nil {
+		b.Fatal(err)
+	}
+	manager := openForTest(b, cfg.Broker, "p1", "manager")
+	publish := func(messages ...Message) {
+		b.Helper()
+		if _, err := manager.Publish(b.Context(), messages...); err != nil {
+			b.Fatal(err)
+		}
+	}
+	task := func(id string) Message {
+		return Message{Subject: "p1.nothing", Task: true, Data: fmt.Appendf(nil, `{"task_id":%q,"data":%s}`, id, benchData)}
+	}
+	dir := b.TempDir()
+	for n := range b.N {
+		var raw, ours, ratios []float64
+		for round := range rounds {
+			rawRate := tasks / rawLoop(b, dir, tasks, concurrency).Seconds()
+			before := a.finished()
+			began := time.Now()
+			for i := range tasks {
+				publish(task(fmt.Sprintf("b-%d-%d-%d", n, round, i)))
+			}
+			waitFor(b, time.Minute, func() string {
+				if done := a.finished() - before; done < tasks {
+					return fmt.Sprintf("%d of %d tasks finished", done, tasks)
+				}
+				return ""
+			})
+			rate := tasks / time.Since(began).Seconds()
+			raw, ours, ratios = append(raw, rawRate), append(ours, rate), append(ratios, rate/rawRate)
+		}
+
+		arrived := make(chan string, idleTasks)
+		for i := range idleTasks {
+			for _, subject := range []string{fmt.Sprintf("i-%d-%d_finish", n, i), fmt.Sprintf("i-%d-%d_echo", n, i)} {
+				unsubscribe := manager.Subscribe(subject, func([]byte) { arrived <- subject })
+				defer unsubscribe()
+			}
+		}
+		time.Sleep(2 * time.Second) // the subscriptions take effect some time later and tell nobody
+		var bare, trips, finishes []float64
+		timed := func(list *[]float64, do func()) {
+			began := time.Now()
+			do()
+			*list = append(*list, float64(time.Since(began).Microseconds())/1000)
+		}
+		for i := range idleTasks {
+			id := fmt.Sprintf("i-%d-%d", n, i)
+			timed(&bare, func() { rawLoop(b, dir, 1, 1) })
+			timed(&trips, func() {
+				publish(Message{Subject: id + "_echo", Data: []byte("x")})
+				<-arrived
+			})
+			timed(&finishes, func() {
+				publish(task(id))
+				<-arrived
+			})
+		}
+		b.ReportMetric(median(raw), "raw/s")
+		b.ReportMetric(median(ours), "tasks/s")
+		b.ReportMetric(median(ratios), "ratio")
+		b.ReportMetric(median(bare), "bare-ms")
+		b.ReportMetric(median(trips), "trip-ms")
+		b.ReportMetric(median(finishes), "finish-ms")
+	}
+}

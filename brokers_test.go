@@ -126,6 +126,7 @@ func openForTest(t testing.TB, config BrokerConfig, project, identity string) *b
 		t.Fatal(err)
 	}
 	b.Broker = opened
+	t.Cleanup(func() { b.Close() })
 	for {
 		select {
 		case err := <-b.connected:

@@ -13,6 +13,7 @@ import (
 	"os/signal"
 	"sync"
 	"syscall"
+	"time"
 )
 
 // runWorker is child_process: under a parent, or by hand.
@@ -48,6 +49,7 @@ type workerProcess struct {
 
 	supervised bool
 	configs    chan *Config // the complete configuration, once
+	service    *serviceSlot
 
 	stop     chan struct{} // closed when the worker is to drain
 	kill     chan struct{} // closed when it is to end at once
@@ -82,6 +84,7 @@ func (p *workerProcess) adopt(inv *invocation) error {
 		p.configs <- first.Config
 	}
 	p.log = newLogger(inv.stderr, p.cfg)
+	p.service = newServiceSlot(p.cfg)
 	var err error
 	if first.Listener {
 		p.listener, err = inheritedSocket()
@@ -120,6 +123,9 @@ func (p *workerProcess) followOrders(orders lineReader) {
 			default: // it has one already
 			}
 		}
+		if o.Problem != nil {
+			p.service.noteManager(*o.Problem)
+		}
 		if o.Drain {
 			p.requestStop()
 		}
@@ -136,6 +142,7 @@ func (p *workerProcess) standAlone(ctx context.Context, inv *invocation) error {
 		return err
 	}
 	p.log = newLogger(inv.stderr, p.cfg)
+	p.service = newServiceSlot(p.cfg)
 	for _, warning := range p.cfg.Warnings {
 		p.log.Warn("configuration", "err", warning)
 	}
@@ -153,9 +160,17 @@ func (p *workerProcess) standAlone(ctx context.Context, inv *invocation) error {
 	source := newConfigSource(p.cfg, p.log)
 	go source.run(ctx) // ends with the process
 	go func() {        // ends with the process
-		p.configs <- <-source.updates
-		<-source.updates
-		p.log.Warn("configuration has changed; without a parent it is taken up at the next start")
+		for taken := false; ; {
+			update := <-source.updates
+			p.service.noteManager(update.problem)
+			switch {
+			case update.config != nil && !taken:
+				taken = true
+				p.configs <- update.config
+			case update.config != nil:
+				p.log.Warn("configuration has changed; without a parent it is taken up at the next start")
+			}
+		}
 	}()
 	return nil
 }
@@ -184,7 +199,7 @@ func (p *workerProcess) run(ctx context.Context) error {
 	bus.subscribe(recs.handle)
 	bus.subscribe(logEvents(p.log))
 
-	service := newServiceSlot(p.cfg)
+	service := p.service
 	api := newAPIServer(apiConfigOf(p.cfg), service, recs, bus, p.log)
 	served := make(chan error, 1)
 	go func() { served <- api.serve(p.listener) }() // ends at api.shutdown
@@ -193,20 +208,13 @@ func (p *workerProcess) run(ctx context.Context) error {
 	opened := make(chan error, 1)
 	watched := make(chan struct{})
 	baseURL := reachableURL(p.listener.Addr())
+	var complete *Config
+	var again <-chan time.Time // when to try with the same configuration: a file that it names may have been mended
+	pause := minRestartPause
 	for running := true; running; {
 		select {
-		case config := <-p.configs:
-			p.cfg = config
-			if w, err = newWorker(config, baseURL, recs, bus, p.log); err != nil {
-				return err
-			}
-			api.reconfigure(apiConfigOf(config))
-			service.fill(w)
-			go func() { opened <- w.open(ctx) }() // ends at the latest with ctx
-			go func() {                           // ends with ctx
-				defer close(watched)
-				w.watchResources(ctx)
-			}()
+		case complete = <-p.configs:
+		case <-again:
 		case err := <-opened:
 			if err != nil {
 				return err
@@ -222,6 +230,24 @@ func (p *workerProcess) run(ctx context.Context) error {
 			running = false
 		case <-p.stop:
 			running = false
+		}
+		if complete != nil && w == nil && running {
+			again = nil
+			if w, err = newWorker(complete, baseURL, recs, bus, p.log); err != nil {
+				p.log.Error("worker cannot start yet", errAttrs(err), "pause", pause.String())
+				service.explain(err)
+				again = time.After(pause)
+				pause = min(2*pause, maxRestartPause)
+				continue
+			}
+			p.cfg = complete
+			api.reconfigure(apiConfigOf(complete))
+			service.fill(w)
+			go func() { opened <- w.open(ctx) }() // ends at the latest with ctx
+			go func() {                           // ends with ctx
+				defer close(watched)
+				w.watchResources(ctx)
+			}()
 		}
 	}
 	cancel()

@@ -20,6 +20,7 @@ type order struct {
 	Config   *Config `json:"config,omitempty"`   // the first order carries it
 	Pending  bool    `json:"pending,omitempty"`  // the manager has not completed it yet: a second order will
 	Listener bool    `json:"listener,omitempty"` // descriptor 3 is the listening socket
+	Problem  *string `json:"problem,omitempty"`  // why the manager could not be asked; empty: it could
 	Drain    bool    `json:"drain,omitempty"`    // stop gracefully
 	Kill     bool    `json:"kill,omitempty"`     // stop at once
 }

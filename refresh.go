@@ -11,21 +11,27 @@ import (
 	"time"
 )
 
-// A configSource gives complete configurations, the first as soon as there is one.
+// A configSource tells of every complete configuration, the first as soon as there is one.
 type configSource struct {
 	file    *Config
 	client  *managerClient
 	log     *slog.Logger
-	updates chan *Config  // complete configurations, each different from the one before
+	updates chan configUpdate
 	again   chan struct{} // ask the manager now
 
 	onlyLooking bool // for --dry-run: leave no answer behind
 }
 
+// A configUpdate is sent when something has changed.
+type configUpdate struct {
+	config  *Config // complete; nil: as before
+	problem string  // why the manager could not be asked; "": nothing is wrong
+}
+
 func newConfigSource(file *Config, log *slog.Logger) *configSource {
 	return &configSource{
 		file: file, client: newManagerClient(file, log), log: log,
-		updates: make(chan *Config), again: make(chan struct{}, 1),
+		updates: make(chan configUpdate), again: make(chan struct{}, 1),
 	}
 }
 
@@ -36,14 +42,16 @@ func (s *configSource) askAgain() { signalOnce(s.again) }
 func (s *configSource) run(ctx context.Context) {
 	var current *Config
 	var warned []string
-	failures := 0
+	failures, problem := 0, ""
 	for {
 		next, warnings, err := s.ask(ctx)
 		if ctx.Err() != nil {
 			return
 		}
 		pause := refreshPause(s.file.Refresh)
+		update := configUpdate{}
 		if err != nil {
+			update.problem = err.Error()
 			s.log.Error("no configuration from the manager", errAttrs(err))
 			pause = min(pause, managerPause(failures))
 			failures++
@@ -60,9 +68,12 @@ func (s *configSource) run(ctx context.Context) {
 			warned = warnings
 		}
 		if next != nil && (current == nil || !reflect.DeepEqual(next, current)) {
+			update.config, current = next, next
+		}
+		if update.config != nil || update.problem != problem {
+			problem = update.problem
 			select {
-			case s.updates <- next:
-				current = next
+			case s.updates <- update:
 			case <-ctx.Done():
 				return
 			}

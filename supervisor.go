@@ -114,7 +114,7 @@ func (s *supervisor) supervise(ctx context.Context, signals <-chan os.Signal) in
 	ctx, stopAsking := context.WithCancel(ctx)
 	defer stopAsking()
 	config, complete := s.cfg, true
-	var updates <-chan *Config
+	var updates <-chan configUpdate
 	askAgain := func() {}
 	if s.cfg.EndPoint != "" {
 		source := newConfigSource(s.cfg, s.log)
@@ -133,27 +133,34 @@ func (s *supervisor) supervise(ctx context.Context, signals <-chan os.Signal) in
 	pause := minRestartPause
 	for {
 		began := time.Now()
+		renewing := false
 		child, err := s.startChild(config, complete)
 		for err == nil {
 			select {
 			case <-child.exited:
-				err = child.err
+				if err = child.err; renewing {
+					err = errNewConfig
+				}
 			case sig := <-signals:
 				return s.stop(child, sig.String(), signals)
 			case <-child.shutdown:
 				return s.stop(child, "asked for by the manager", signals)
 			case <-child.reload:
 				askAgain()
-			case config = <-updates:
+			case update := <-updates:
+				child.tell(order{Problem: &update.problem})
+				if update.config == nil {
+					continue
+				}
+				config = update.config
 				if !complete {
 					complete = true
 					child.tell(order{Config: config})
 					continue
 				}
 				s.log.Info("configuration has changed, the worker starts anew with it")
+				renewing = true
 				child.tell(order{Drain: true})
-				<-child.exited
-				err = errNewConfig
 			}
 		}
 		if errors.Is(err, errNewConfig) {

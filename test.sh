@@ -4,6 +4,7 @@
 # installed where that is possible (Debian packages, as root) and is a failure where it is not.
 set -eu
 cd "$(dirname "$0")"
+PATH=$PATH:/usr/sbin:/sbin # where Debian puts servers
 
 FUZZTIME=${FUZZTIME:-5s}
 STATICCHECK=${STATICCHECK:-v0.7.0}

@@ -86,7 +86,7 @@ var errNotConnected = errors.New("not connected to the broker yet")
 func newWorker(cfg *Config, baseURL string, recs *records, bus *eventBus, log *slog.Logger) (*worker, error) {
 	w := &worker{
 		cfg: cfg, baseURL: baseURL, log: log, bus: bus, records: recs,
-		spawner: startSpawner(), jobs: map[string]*jobRunner{}, started: time.Now(),
+		jobs: map[string]*jobRunner{}, started: time.Now(),
 		state: stateStarting, brokerErr: errNotConnected, brokerSince: time.Now(), hurry: make(chan struct{}),
 		known: map[string]*task{}, problems: map[string]string{},
 	}
@@ -111,6 +111,7 @@ func newWorker(cfg *Config, baseURL string, recs *records, bus *eventBus, log *s
 		return nil, err
 	}
 	w.follower = newFollower(w.broker, recs)
+	w.spawner = startSpawner()
 	return w, nil
 }
 
