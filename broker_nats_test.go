@@ -6,17 +6,11 @@ package main
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
-	"math/big"
 	"net"
 	"os"
 	"os/exec"
@@ -1001,65 +995,12 @@ func TestNATSServerAddresses(t *testing.T) {
 	}
 }
 
-// A testCA signs certificates for one test.
-type testCA struct {
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-	pem  []byte
-}
-
-func newTestCA(t testing.TB) *testCA {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "test CA"},
-		NotBefore: time.Now().Add(-48 * time.Hour), NotAfter: time.Now().Add(time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &testCA{cert, key, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})}
-}
-
-// issue makes a certificate for 127.0.0.1 that ends then.
-func (ca *testCA) issue(t testing.TB, end time.Time) (certPEM, keyPEM []byte) {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: "test"},
-		NotBefore: time.Now().Add(-24 * time.Hour), NotAfter: end, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, ca.cert, &key.PublicKey, ca.key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}),
-		pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER})
-}
-
 func TestNATSTLS(t *testing.T) {
-	ca, otherCA := newTestCA(t), newTestCA(t)
+	ca, otherCA := newTestAuthority(t), newTestAuthority(t)
 	hour := time.Now().Add(time.Hour)
 	serverWith := func(end time.Time, verify bool) *natsServer {
 		dir := t.TempDir()
-		certPEM, keyPEM := ca.issue(t, end)
+		certPEM, keyPEM := ca.issue(end.Add(-24*time.Hour), end)
 		for name, content := range map[string][]byte{"ca.crt": ca.pem, "s.crt": certPEM, "s.key": keyPEM} {
 			if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
 				t.Fatal(err)
@@ -1068,11 +1009,11 @@ func TestNATSTLS(t *testing.T) {
 		return natsServerWith(t, fmt.Sprintf(`tls { cert_file: %q, key_file: %q, ca_file: %q, verify: %v }`,
 			dir+"/s.crt", dir+"/s.key", dir+"/ca.crt", verify))
 	}
-	client := func(trusted, own *testCA, end time.Time) *tls.Config {
+	client := func(trusted, own *testAuthority, end time.Time) *tls.Config {
 		c := &tls.Config{RootCAs: x509.NewCertPool()}
 		c.RootCAs.AppendCertsFromPEM(trusted.pem)
 		if own != nil {
-			pair, err := tls.X509KeyPair(own.issue(t, end))
+			pair, err := tls.X509KeyPair(own.issue(end.Add(-24*time.Hour), end))
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -7,18 +7,11 @@ package main
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
 	"errors"
 	"fmt"
-	"math/big"
 	"net"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
@@ -688,82 +681,34 @@ func TestRedisSeveralServers(t *testing.T) {
 
 func redisClient(addr string) *redis.Client { return redis.NewClient(&redis.Options{Addr: addr}) }
 
-// A redisAuthority makes certificates.
-type redisAuthority struct {
-	dir  string
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-}
-
-func newRedisAuthority(t testing.TB) *redisAuthority {
-	a := &redisAuthority{dir: t.TempDir()}
-	a.cert, a.key = a.issue(t, "ca", time.Now().Add(time.Hour))
-	return a
-}
-
-func (a *redisAuthority) file(name string) string { return filepath.Join(a.dir, name) }
-
-func (a *redisAuthority) issue(t testing.TB, name string, until time.Time) (*x509.Certificate, *ecdsa.PrivateKey) {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name},
-		NotBefore: until.Add(-24 * time.Hour), NotAfter: until, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-	}
-	parent, signer := a.cert, a.key
-	if parent == nil {
-		template.IsCA, template.BasicConstraintsValid, template.KeyUsage = true, true, x509.KeyUsageCertSign
-		template.ExtKeyUsage = nil
-		parent, signer = template, key
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, parent, &key.PublicKey, signer)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for file, block := range map[string]*pem.Block{
-		name + ".crt": {Type: "CERTIFICATE", Bytes: der}, name + ".key": {Type: "PRIVATE KEY", Bytes: keyDER},
-	} {
-		if err := os.WriteFile(a.file(file), pem.EncodeToMemory(block), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return cert, key
-}
-
 func TestRedisTLS(t *testing.T) {
-	authority, other := newRedisAuthority(t), newRedisAuthority(t)
-	authority.issue(t, "server", time.Now().Add(time.Hour))
-	authority.issue(t, "expired", time.Now().Add(-time.Minute))
-	authority.issue(t, "client", time.Now().Add(time.Hour))
+	authority, other := newTestAuthority(t), newTestAuthority(t)
+	dir := t.TempDir()
+	file := func(name string) string { return filepath.Join(dir, name) }
+	putFiles(t, dir, map[string][]byte{"ca.crt": authority.pem})
+	for name, until := range map[string]time.Time{
+		"server": time.Now().Add(time.Hour), "expired": time.Now().Add(-time.Minute), "client": time.Now().Add(time.Hour),
+	} {
+		certificate, key := authority.issue(until.Add(-24*time.Hour), until)
+		putFiles(t, dir, map[string][]byte{name + ".crt": certificate, name + ".key": key})
+	}
 	serve := func(cert string) *redisServer {
 		port := freePort(t)
 		s := &redisServer{dir: t.TempDir(), port: port, args: []string{
-			"--port", "0", "--tls-port", port, "--tls-cert-file", authority.file(cert + ".crt"),
-			"--tls-key-file", authority.file(cert + ".key"), "--tls-ca-cert-file", authority.file("ca.crt"),
+			"--port", "0", "--tls-port", port, "--tls-cert-file", file(cert + ".crt"),
+			"--tls-key-file", file(cert + ".key"), "--tls-ca-cert-file", file("ca.crt"),
 		}}
 		s.client = redis.NewClient(&redis.Options{Addr: s.addr()})
 		t.Cleanup(func() { s.client.Close(); s.stop(t) })
 		s.start(t)
 		return s
 	}
-	pool := func(a *redisAuthority) *x509.CertPool {
+	pool := func(a *testAuthority) *x509.CertPool {
 		pool := x509.NewCertPool()
-		pool.AddCert(a.cert)
+		pool.AddCert(a.certificate)
 		return pool
 	}
-	client, err := tls.LoadX509KeyPair(authority.file("client.crt"), authority.file("client.key"))
+	client, err := tls.LoadX509KeyPair(file("client.crt"), file("client.key"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -155,7 +154,7 @@ func findWorker(inv *invocation) (*workerClient, error) {
 			return nil, failHint(codeNoWorkerURL, "where the worker listens is unknown", cfgErr,
 				"name the configuration with --config FILE, or the worker with --url http://127.0.0.1:8080")
 		}
-		source, text = "listen", listenURL(cfg.Listen)
+		source, text = "listen", baseURL(cfg.Listen)
 	} else if key := os.Getenv("JOB_ITEM_PROJECT_KEY"); key != "" {
 		c.key = secret(key)
 	}
@@ -166,21 +165,6 @@ func findWorker(inv *invocation) (*workerClient, error) {
 	base.RawQuery, base.Fragment = "", ""
 	c.base = base
 	return c, nil
-}
-
-// listenURL is where a worker that listens on an address is reached from its own host.
-func listenURL(listen string) string {
-	host, port, err := net.SplitHostPort(listen)
-	if err != nil {
-		return "http://" + listen
-	}
-	switch host {
-	case "", "0.0.0.0":
-		host = "127.0.0.1"
-	case "::":
-		host = "::1"
-	}
-	return "http://" + net.JoinHostPort(host, port)
 }
 
 // call makes one request and decodes the reply into reply.

@@ -203,8 +203,8 @@ func TestFindWorker(t *testing.T) {
 		":80": "http://127.0.0.1:80", "0.0.0.0:80": "http://127.0.0.1:80", "[::]:80": "http://[::1]:80",
 		"10.0.0.1:80": "http://10.0.0.1:80", "localhost:80": "http://localhost:80",
 	} {
-		if got := listenURL(listen); got != want {
-			t.Errorf("listenURL(%q) = %q; want %q", listen, got, want)
+		if got := baseURL(listen); got != want {
+			t.Errorf("baseURL(%q) = %q; want %q", listen, got, want)
 		}
 	}
 }

@@ -130,11 +130,15 @@ func (s *supervisor) supervise(ctx context.Context, signals <-chan os.Signal) in
 		complete, updates, askAgain = false, source.updates, source.askAgain
 	}
 
+	problem := ""
 	pause := minRestartPause
 	for {
 		began := time.Now()
 		renewing := false
 		child, err := s.startChild(config, complete)
+		if err == nil && problem != "" {
+			child.tell(order{Problem: &problem})
+		}
 		for err == nil {
 			select {
 			case <-child.exited:
@@ -148,7 +152,8 @@ func (s *supervisor) supervise(ctx context.Context, signals <-chan os.Signal) in
 			case <-child.reload:
 				askAgain()
 			case update := <-updates:
-				child.tell(order{Problem: &update.problem})
+				problem = update.problem
+				child.tell(order{Problem: &problem})
 				if update.config == nil {
 					continue
 				}
