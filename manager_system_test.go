@@ -136,32 +136,50 @@ func TestManagerHandsOutCertificates(t *testing.T) {
 	t.Cleanup(func() { redis.client.Close(); redis.stop(t) })
 	redis.start(t)
 
+	rabbit := newRabbitVHost(t) // which has an authority of its own
+	ofRabbit := func(name string) string {
+		content, err := os.ReadFile(filepath.Join(rabbit.dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(content)
+	}
+
+	pack := func(ca, certificate, key string) []byte {
+		return makeZip(t, zipEntry{name: "ca.crt", content: ca}, zipEntry{name: "client.crt", content: certificate},
+			zipEntry{name: "client.key", content: key})
+	}
 	archive := func(authority *testAuthority, until time.Time) []byte {
 		certificate, key := ca.issue(ago, until)
-		return makeZip(t, zipEntry{name: "ca.crt", content: string(authority.pem)},
-			zipEntry{name: "client.crt", content: string(certificate)}, zipEntry{name: "client.key", content: string(key)})
+		return pack(string(authority.pem), string(certificate), string(key))
 	}
 	hostile := makeZip(t, zipEntry{name: "ca.crt", content: string(ca.pem)}, zipEntry{name: "../../escaped.crt", content: "x"})
 	for _, row := range []struct {
-		name string
-		zip  []byte
-		says string // "" where the broker is reached
+		name   string
+		zip    []byte
+		rabbit []byte // where RabbitMQ needs another
+		says   string // "" where the broker is reached
 	}{
-		{"good", archive(ca, hour), ""},
-		{"another authority", archive(other, hour), "unknown authority"},
-		{"expired", archive(ca, time.Now().Add(-time.Minute)), "expired"},
-		{"hostile archive", hostile, "escaped.crt"},
-		{"none", nil, "404"},
+		{"good", archive(ca, hour), pack(ofRabbit("ca.crt"), ofRabbit("client.crt"), ofRabbit("client.key")), ""},
+		{"another authority", archive(other, hour),
+			pack(string(other.pem), ofRabbit("client.crt"), ofRabbit("client.key")), "unknown authority"},
+		{"expired", archive(ca, time.Now().Add(-time.Minute)), nil, "expired"},
+		{"hostile archive", hostile, nil, "escaped.crt"},
+		{"none", nil, nil, "404"},
 	} {
-		for kind, host := range map[string]string{"nats": nats.addr, "redis": "127.0.0.1:" + redisPort} {
+		for kind, host := range map[string]string{
+			"nats": nats.addr, "redis": "127.0.0.1:" + redisPort, "rabbitmq": "localhost:" + rabbit.tlsPort,
+		} {
 			t.Run(row.name+"/"+kind, func(t *testing.T) {
 				manager := newFakeManager(t, "p1")
 				manager.change(func(f *fakeManager) {
-					f.connection = map[string]any{"type": kind, "host": host, "secure": "true", "password": "",
+					f.connection = map[string]any{"type": kind, "host": host, "secure": "true", "password": "", "vhost": rabbit.vhost,
 						"ca_file": "tls/" + kind + "/ca.crt", "cert_file": "tls/" + kind + "/client.crt",
 						"key_file": "tls/" + kind + "/client.key"}
 					f.jobs = []any{fakeJob("e", 0, 0)}
-					f.zip = row.zip
+					if f.zip = row.zip; kind == "rabbitmq" && row.rabbit != nil {
+						f.zip = row.rabbit
+					}
 				})
 				a := newAgent(t, manager.config()+"jobs: [{event: e, cmd: 'true'}]\n")
 				before := tree(t, a.dir)
