@@ -16,6 +16,7 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"syscall"
@@ -27,9 +28,11 @@ const (
 	saveMessageBytes = 102_400
 
 	// saveMessagesAhead is how many messages may wait to be sent before reading waits too.
-	saveMessagesAhead = 8
+	saveMessagesAhead = 4
 
 	saveBufferBytes = 64 << 10
+
+	saveGCPercent = 20 // garbage above what lives, in percent of it
 
 	// saveLinger is how long input is awaited after a signal, or after the end of the command whose output it is.
 	saveLinger = time.Second
@@ -45,6 +48,8 @@ func runSave(ctx context.Context, inv *invocation) int {
 		inv.printError(err)
 		return exitUsage
 	}
+	// It stands in pipes of small hosts, and its garbage is the same few buffers: collecting it early costs little.
+	debug.SetGCPercent(saveGCPercent)
 	s := newSaver(target, inv)
 	if len(inv.args) > 0 {
 		return s.saveCommand(ctx)
