@@ -54,6 +54,9 @@ func runParent(ctx context.Context, inv *invocation) int {
 	for _, warning := range cfg.Warnings {
 		s.log.Warn("configuration", "err", warning)
 	}
+	if len(cfg.Execs) > 0 {
+		s.log.Warn("configuration", "err", "execs are configured, but this version does not start them")
+	}
 	if err := s.openSocket(); err != nil {
 		inv.printError(err)
 		return exitFailed
