@@ -292,3 +292,43 @@ func TestBrokerCreatedElsewhere(t *testing.T) {
 		}
 	})
 }
+
+// TestBrokerDrainsToOthers stops a worker that holds more tasks than it runs: what waits there goes elsewhere at once.
+func TestBrokerDrainsToOthers(t *testing.T) {
+	onEveryBroker(t, func(t *testing.T, kind brokerKind, server testServer) {
+		if !kind.durable {
+			t.Skip("the journal of the stopped worker answers for them")
+		}
+		const tasks = 12
+		leaver := workerOn(t, kind, server, "leaver", `
+concurrency: 2
+drain_timeout: 60s
+jobs: [{event: note, cmd: 'sleep 1.5; echo {{task_id}} >> ran'}]
+`)
+		events := server.collect(t)
+		for i := range tasks {
+			kind.publish(t, server, "note", fmt.Sprintf("d-%d", i), "{}")
+		}
+		waitFor(t, 20*time.Second, func() string {
+			if n := leaver.health().Jobs["running"]; n < 2 {
+				return fmt.Sprintf("%d tasks run", n)
+			}
+			return ""
+		})
+		heir := workerOn(t, kind, server, "heir", "jobs: [{event: note, cmd: 'echo {{task_id}} >> ran'}]\n")
+		began := time.Now()
+		leaver.cmd.Process.Signal(syscall.SIGTERM)
+		for i := range tasks {
+			events.finish(t, fmt.Sprintf("d-%d", i))
+		}
+		leaver.waitGone(20 * time.Second)
+		done := append(leaver.ran(), heir.ran()...)
+		slices.Sort(done)
+		if once := slices.Compact(slices.Clone(done)); len(done) != tasks || len(once) != tasks {
+			t.Errorf("%d runs of %d different tasks; want %d of each", len(done), len(once), tasks)
+		}
+		if took := time.Since(began); took > 20*time.Second {
+			t.Errorf("it took %v, as long as a lost claim", took)
+		}
+	})
+}

@@ -49,6 +49,7 @@ type task struct {
 	stop      context.CancelCauseFunc // of the running attempt
 	stopped   error                   // errTerminated or errTimedOut, once asked for
 	woken     chan struct{}           // closed to end a pause before a retry
+	adoption  *time.Timer             // to when the journal answers in the broker's stead; nil: never
 	uncontrol func()                  // ends the listening on its control subjects; nil: there is none
 }
 
@@ -191,7 +192,7 @@ func (w *worker) runCommand(ctx context.Context, t *task, runner *jobRunner) (a 
 		return a
 	}
 	file := filepath.Join(runner.job.WorkingDir, t.id+".json")
-	if err := writeDataFile(file, data, t.attempts > 0); err != nil {
+	if err := writeDataFile(file, data, t.taken || t.crashes > 0 || t.failures > 0); err != nil {
 		a.err, a.hostFault = err, isHostFault(err)
 		return a
 	}

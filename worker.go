@@ -19,6 +19,10 @@ import (
 // maxMessageBytes bounds a task's message (PROTOCOL section 6).
 const maxMessageBytes = 16 << 20
 
+// maxPutBacks is how many deliveries are put up with for each crash that a task may cause: a broker counts deliveries,
+// also those that were put back unharmed when a worker stopped.
+const maxPutBacks = 4
+
 // settleTimeout bounds how long one delivery may take to be acknowledged, and the last reports of a stopping worker.
 const settleTimeout = 5 * time.Second
 
@@ -55,6 +59,7 @@ type worker struct {
 	brokerErr   error            // why there is no connection; errNotConnected before the first
 	brokerSince time.Time        // of brokerErr
 	consumers   []Consumer
+	crashed     map[string]int    // of tasks left to their broker: starts that ended with an earlier life of this worker
 	problems    map[string]string // by what they are about: journal, resources, …
 	refused     uint64            // messages that were no tasks
 
@@ -88,7 +93,7 @@ func newWorker(cfg *Config, baseURL string, recs *records, bus *eventBus, log *s
 		cfg: cfg, baseURL: baseURL, log: log, bus: bus, records: recs,
 		jobs: map[string]*jobRunner{}, started: time.Now(),
 		state: stateStarting, brokerErr: errNotConnected, brokerSince: time.Now(), hurry: make(chan struct{}),
-		known: map[string]*task{}, problems: map[string]string{},
+		known: map[string]*task{}, crashed: map[string]int{}, problems: map[string]string{},
 	}
 	w.ctx, w.cancel = context.WithCancelCause(context.Background())
 	w.queue = newScheduler(cfg.Concurrency, w.startTask)
@@ -216,6 +221,9 @@ func (w *worker) recover(found []journalTask) {
 			w.bus.publish(*t.Outcome)
 		case t.Held:
 			// The broker delivers it again, here or elsewhere.
+			w.mu.Lock()
+			w.crashed[t.ID] = t.Crashes
+			w.mu.Unlock()
 			w.journalled("release task", t.ID, w.journal.released(t.ID))
 		default:
 			waiting++
@@ -299,11 +307,16 @@ func (w *worker) take(event string, d Delivery) {
 	t := &task{id: m.TaskID, event: event, createdAt: time.Now(), status: statusQueued}
 	if d.Held {
 		t.delivery = &d
-		t.crashes = max(0, d.Attempt-1)
-		t.attempts = t.crashes
+		t.attempts = max(0, d.Attempt-1)
 	}
 
 	w.mu.Lock()
+	if d.Held {
+		t.crashes = w.crashed[t.id]
+		if t.attempts >= maxPutBacks*w.cfg.MaxDeliveries {
+			t.crashes = t.attempts // they were other workers' crashes, at least some of them
+		}
+	}
 	if same := w.known[t.id]; same != nil {
 		// A broker that lost the connection delivers again what it held; the new delivery is the one to settle.
 		if d.Held && same.delivery != nil && !same.status.final() {
@@ -324,6 +337,7 @@ func (w *worker) take(event string, d Delivery) {
 		w.ack(d)
 		return
 	}
+	delete(w.crashed, t.id)
 	w.known[t.id] = t // before it is journalled, so that a duplicate meanwhile is seen
 	w.mu.Unlock()
 
@@ -343,7 +357,9 @@ func (w *worker) take(event string, d Delivery) {
 		w.ack(d) // the journal answers from here on
 	}
 	if d.Held && d.HeldFor > 0 {
-		time.AfterFunc(d.HeldFor, func() { w.adopt(t) })
+		w.mu.Lock()
+		t.adoption = time.AfterFunc(d.HeldFor, func() { w.adopt(t) })
+		w.mu.Unlock()
 	}
 	w.follower.drop(t.id) // it is right here
 	w.control(t)
@@ -420,6 +436,9 @@ func (w *worker) forget(id string) *task {
 	delete(w.known, id)
 	if t != nil {
 		w.uncontrolled(t)
+		if t.adoption != nil {
+			t.adoption.Stop() // else the task would be kept for as long as the broker is patient
+		}
 	}
 	return t
 }
@@ -471,6 +490,7 @@ func (w *worker) drain(ctx context.Context) {
 			c.Stop()
 		}
 	}
+	w.putBackWaiting()
 	if n := w.runningTasks.Load(); n > 0 {
 		w.log.Info("waiting for running tasks", "count", n, "limit", w.cfg.DrainTimeout.String())
 	}
@@ -493,6 +513,23 @@ func (w *worker) drain(ctx context.Context) {
 	case <-ctx.Done():
 		w.killRunning()
 		<-everyTaskEnded
+	}
+}
+
+// putBackWaiting gives back what a durable broker can have delivered elsewhere while this worker drains.
+func (w *worker) putBackWaiting() {
+	var waiting []*task
+	w.mu.Lock()
+	for _, t := range w.known {
+		if t.delivery != nil && t.status == statusQueued {
+			waiting = append(waiting, t)
+		}
+	}
+	w.mu.Unlock()
+	for _, t := range waiting {
+		if w.queue.remove(t) { // else it has got its slot just now
+			w.putBack(t)
+		}
 	}
 }
 
