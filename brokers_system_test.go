@@ -87,6 +87,7 @@ jobs:
   - {event: greet, cmd: 'echo Hello, {{name}}; echo careful >&2'}
   - {event: fail, cmd: 'echo why >&2; exit 3'}
   - {event: long, cmd: 'echo begun; sleep 60'}
+  - {event: cannot, cmd: /no/such/program}
 `)
 		events := server.collect(t)
 		kind.publish(t, server, "greet", "t-1", `{"name":"Ada"}`)
@@ -107,6 +108,13 @@ jobs:
 		got = events.finish(t, "t-2")
 		if len(got) < 4 || got[len(got)-2] != (publishedEvent{"_failed", "why"}) || got[len(got)-1].data != "error" {
 			t.Errorf("events of a failed task: %q", got)
+		}
+
+		kind.publish(t, server, "cannot", "t-3", `{}`)
+		got = events.finish(t, "t-3")
+		if len(got) != 3 || got[0].subject != "_who" || got[1].subject != "_failed" || got[2].data != "error" ||
+			!strings.Contains(got[1].data, "/no/such/program") {
+			t.Errorf("events of a task that cannot start: %q", got)
 		}
 
 		// A duplicate of a finished task is only reported again.

@@ -38,15 +38,20 @@ type taskQueued struct {
 	At     time.Time `json:"at"`
 }
 
-// A taskStarted event is published when a task's command runs. Attempt counts from 1. Taken says that this worker has
-// not run the task before.
+// A taskTaken event is published when this worker begins with a task, before anything else becomes of it.
+type taskTaken struct {
+	TaskID string    `json:"task_id"`
+	Event  string    `json:"event"`
+	At     time.Time `json:"at"`
+}
+
+// A taskStarted event is published when a task's command runs. Attempt counts from 1.
 type taskStarted struct {
 	TaskID    string    `json:"task_id"`
 	Event     string    `json:"event"`
 	Name      string    `json:"name"`
 	PID       int       `json:"pid"`
 	Attempt   int       `json:"attempt"`
-	Taken     bool      `json:"taken"`
 	CreatedAt time.Time `json:"created_at"`
 	At        time.Time `json:"at"`
 }
@@ -114,6 +119,7 @@ type brokerChanged struct {
 }
 
 func (taskQueued) eventName() string    { return "task_queued" }
+func (taskTaken) eventName() string     { return "task_taken" }
 func (taskStarted) eventName() string   { return "task_started" }
 func (taskOutput) eventName() string    { return "task_output" }
 func (taskRetrying) eventName() string  { return "task_retrying" }

@@ -102,7 +102,7 @@ func (f *follower) began(t *followedTask) {
 	}
 	t.begun, t.started = true, time.Now()
 	f.records.handle(taskStarted{
-		TaskID: t.id, Event: t.event, Name: t.name, Attempt: 1, Taken: true, CreatedAt: t.createdAt, At: t.started,
+		TaskID: t.id, Event: t.event, Name: t.name, Attempt: 1, CreatedAt: t.createdAt, At: t.started,
 	})
 }
 

@@ -62,10 +62,8 @@ func newReporter(broker Broker, hostID string, log *slog.Logger, settled func(ta
 // handle subscribes to the event bus. It blocks while too much output is unsent.
 func (r *reporter) handle(e event) {
 	switch e := e.(type) {
-	case taskStarted:
-		if e.Taken {
-			r.enqueue(e.TaskID+"_who", []byte(r.hostID), "")
-		}
+	case taskTaken:
+		r.enqueue(e.TaskID+"_who", []byte(r.hostID), "")
 	case taskOutput:
 		r.mu.Lock()
 		for r.bytes > maxUnsentBytes && !r.closed {

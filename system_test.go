@@ -405,6 +405,36 @@ jobs:
 	}
 }
 
+// TestJobRemoved lets tasks wait for a job that the configuration no longer has.
+func TestJobRemoved(t *testing.T) {
+	a := newAgent(t, "drain_timeout: 100ms\njobs:\n  - {event: gone, cmd: sleep 60}\n").start()
+	ids := []string{a.create("gone", "{}"), a.create("gone", "{}")}
+	a.wait(ids[0], statusRunning)
+	a.stop()
+	path := filepath.Join(a.dir, "config.yaml")
+	before, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.write("config.yaml", strings.Replace(string(before), "gone, cmd: sleep 60", "other, cmd: 'true'", 1))
+	a.start()
+	if h := a.health(); h.Status != "degraded" || !strings.Contains(fmt.Sprint(h.Problems), `"gone"`) {
+		t.Errorf("health is %+v", h)
+	}
+	if v := a.task(ids[0]); v.Status != statusQueued {
+		t.Errorf("task of the removed job is %+v", v)
+	}
+	if code, answer := a.post("/job/"+ids[0]+"/terminate", ""); code != 202 {
+		t.Errorf("terminate = %d %s", code, answer)
+	}
+	a.wait(ids[0], statusTerminate)
+	a.wait(a.create("other", "{}"), statusFinish)
+	a.stop()
+	a.write("config.yaml", strings.Replace(string(before), "sleep 60", "'true'", 1))
+	a.start()
+	a.wait(ids[1], statusFinish)
+}
+
 func TestLimits(t *testing.T) {
 	a := newAgent(t, `
 concurrency: 3

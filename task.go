@@ -45,7 +45,8 @@ type task struct {
 	status    taskStatus
 	pid       int
 	startedAt time.Time
-	taken     bool                    // this worker has started it
+	taken     bool                    // this worker has begun with it
+	ran       bool                    // this worker has started its command
 	stop      context.CancelCauseFunc // of the running attempt
 	stopped   error                   // errTerminated or errTimedOut, once asked for
 	woken     chan struct{}           // closed to end a pause before a retry
@@ -154,8 +155,12 @@ func (w *worker) attemptTask(t *task) (a attempt, putBack bool) {
 	t.stop = stop
 	t.status = statusRunning
 	t.pid, t.startedAt = 0, time.Time{}
-	stopped := t.stopped
+	stopped, taken := t.stopped, t.taken
+	t.taken = true
 	w.mu.Unlock()
+	if !taken {
+		w.bus.publish(taskTaken{TaskID: t.id, Event: t.event, At: time.Now()})
+	}
 	if stopped != nil {
 		stop(stopped)
 	}
@@ -192,7 +197,7 @@ func (w *worker) runCommand(ctx context.Context, t *task, runner *jobRunner) (a 
 		return a
 	}
 	file := filepath.Join(runner.job.WorkingDir, t.id+".json")
-	if err := writeDataFile(file, data, t.taken || t.crashes > 0 || t.failures > 0); err != nil {
+	if err := writeDataFile(file, data, t.ran || t.crashes > 0 || t.failures > 0); err != nil {
 		a.err, a.hostFault = err, isHostFault(err)
 		return a
 	}
@@ -249,13 +254,12 @@ func (w *worker) taskRuns(t *task, p processIdentity) error {
 	t.attempts++
 	t.crashes++ // until it ends otherwise
 	w.mu.Lock()
-	taken := !t.taken
-	t.taken = true
+	t.ran = true
 	t.pid, t.startedAt = p.PID, time.Now()
 	startedAt := t.startedAt
 	w.mu.Unlock()
 	w.bus.publish(taskStarted{
-		TaskID: t.id, Event: t.event, Name: w.nameOf(t.event), PID: p.PID, Attempt: t.attempts, Taken: taken,
+		TaskID: t.id, Event: t.event, Name: w.nameOf(t.event), PID: p.PID, Attempt: t.attempts,
 		CreatedAt: t.createdAt, At: startedAt,
 	})
 	return nil
@@ -318,7 +322,10 @@ func (w *worker) concludeUnstarted(t *task) {
 // conclude decides what follows an attempt: another one, or the end.
 func (w *worker) conclude(t *task, a attempt) {
 	t.crashes = 0
-	retry := w.jobs[t.event].job.Retry
+	var retry Retry
+	if runner := w.jobs[t.event]; runner != nil { // else its job is no longer configured
+		retry = runner.job.Retry
+	}
 	failed := a.status == statusError || a.status == statusTimeout && !errors.Is(a.err, errTimedOut)
 	if failed && !a.final && t.failures < retry.Times && w.stopRequest(t) == "" {
 		pause := min(retry.Pause<<min(t.failures, 30), maxRetryPause)
