@@ -25,29 +25,36 @@ func (w *worker) control(t *task) {
 	}
 	time.AfterFunc(controlDelay, func() {
 		w.mu.Lock()
-		defer w.mu.Unlock()
-		if w.known[t.id] != t || w.controlled >= maxControlled {
+		wanted := w.known[t.id] == t && w.controlled < maxControlled
+		if wanted {
+			w.controlled++
+		}
+		w.mu.Unlock()
+		if !wanted {
 			return
 		}
-		w.controlled++
+		// The broker is never called with mu held: it has locks of its own, and calls us back.
 		stopWorker := w.broker.Subscribe(t.id+"_worker", func(data []byte) { w.obey(t, data) })
 		stopListen := w.broker.Subscribe(t.id+"_listen", func([]byte) {
 			w.reporter.enqueue(t.id+"_listen.callback", []byte("world"), "")
 		})
-		t.uncontrol = func() {
+		stop := func() {
 			stopWorker()
 			stopListen()
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.controlled--
+		}
+		w.mu.Lock()
+		known := w.known[t.id] == t
+		if known {
+			t.uncontrol = stop
+		}
+		w.mu.Unlock()
+		if !known { // it has ended meanwhile
+			stop()
 		}
 	})
-}
-
-// uncontrolled ends the listening for a task that is no longer known. w.mu is held.
-func (w *worker) uncontrolled(t *task) {
-	if t.uncontrol != nil {
-		w.controlled--
-		t.uncontrol()
-		t.uncontrol = nil
-	}
 }
 
 // obey does what a message on {task_id}_worker says.

@@ -428,17 +428,21 @@ func (w *worker) wakeConsumers() {
 	}
 }
 
-// forget drops a task from what is known.
+// forget drops a task from what is known, and what is kept up for its sake.
 func (w *worker) forget(id string) *task {
 	w.mu.Lock()
-	defer w.mu.Unlock()
 	t := w.known[id]
 	delete(w.known, id)
+	var uncontrol func()
 	if t != nil {
-		w.uncontrolled(t)
 		if t.adoption != nil {
 			t.adoption.Stop() // else the task would be kept for as long as the broker is patient
 		}
+		uncontrol, t.uncontrol = t.uncontrol, nil
+	}
+	w.mu.Unlock()
+	if uncontrol != nil {
+		uncontrol()
 	}
 	return t
 }
