@@ -17,8 +17,7 @@ import (
 
 func runOnce(ctx context.Context, inv *invocation) int {
 	if len(inv.args) != 1 {
-		inv.printError(fmt.Errorf("run takes one event; try: job_item run hello"))
-		return exitUsage
+		return inv.usageError("run takes one EVENT")
 	}
 	data, err := inv.taskData()
 	if err != nil {

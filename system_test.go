@@ -826,11 +826,36 @@ jobs:
 	if !strings.HasPrefix(kept, "0\n1\n2\n") || len(kept) > 1<<20+200 {
 		t.Errorf("kept log of %d bytes begins with %.20q", len(kept), kept)
 	}
+	// Its last half is what was printed last, without a gap.
+	lines := strings.Split(strings.TrimSuffix(kept, "\n"), "\n")
+	last, err := strconv.Atoi(lines[len(lines)-1])
+	if printed := countUpBytes(last + 1); err != nil || printed != v.OutputBytes {
+		t.Errorf("the log ends with line %d, after %d bytes of %d: %v", last, printed, v.OutputBytes, err)
+	}
+	for i := len(lines) - 1; i > len(lines)-50_000; i-- {
+		if lines[i] != strconv.Itoa(last-(len(lines)-1-i)) {
+			t.Fatalf("line %q stands where %d belongs", lines[i], last-(len(lines)-1-i))
+		}
+	}
 	peak := peakMemory(t, a.childPID())
 	t.Logf("worker's peak memory: %d MiB", peak>>20)
 	if !raceEnabled && peak > 40<<20 {
 		t.Errorf("peak memory %d bytes; want at most 40 MiB", peak)
 	}
+}
+
+// countUpBytes is how long the lines 0 to n-1 are.
+func countUpBytes(n int) int64 {
+	total := int64(0)
+	for digits, from := 1, 0; from < n; digits++ {
+		to := 10
+		for range digits - 1 {
+			to *= 10
+		}
+		total += int64(min(n, to)-from) * int64(digits+1)
+		from = to
+	}
+	return total
 }
 
 // peakMemory is the most that a process ever held resident, in bytes.
