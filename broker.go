@@ -48,9 +48,9 @@ type Message struct {
 	Task    bool // it is a task on a job's subject: kept by a durable broker, an error where nobody would get it
 }
 
-// Slots bound the deliveries that one consumer may have unsettled.
+// Slots bound the deliveries that one consumer may have unsettled. Both may change; Consumer.Wake tells of it.
 type Slots struct {
-	Limit int        // at most
+	Limit func() int // at most
 	Free  func() int // how many more the worker has room for just now, for brokers that can be asked for so many
 }
 
@@ -59,7 +59,7 @@ type Consumer interface {
 	// Ready is closed once the broker has taken the subscription for the first time: tasks that are published from then
 	// on arrive.
 	Ready() <-chan struct{}
-	// Wake says that Slots.Free may have grown.
+	// Wake says that Slots may have changed.
 	Wake()
 	// Stop takes no new delivery and returns when handle is not called any more. What was handed out can still be
 	// settled, and its claim is kept alive until then.

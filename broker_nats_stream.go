@@ -190,7 +190,7 @@ func (c *natsStream) pull(l *natsLink) (pause time.Duration) {
 		requested += p.left
 		pause = min(pause, time.Until(p.deadline))
 	}
-	handling, room := c.handling, c.slots.Limit-c.unsettled
+	handling, room := c.handling, c.slots.Limit()-c.unsettled
 	wait := c.notBefore.Sub(now)
 	c.mu.Unlock()
 	// Asked last: what is accepted meanwhile then counts twice, and not never. Without mu, since Free has its own locks.

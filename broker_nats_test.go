@@ -241,7 +241,7 @@ func (k *taker) wait(t testing.TB, n int) []Delivery {
 	return k.all()
 }
 
-func freeSlots(n int) Slots { return Slots{Limit: n, Free: func() int { return n }} }
+func freeSlots(n int) Slots { return Slots{Limit: atMost(n), Free: func() int { return n }} }
 
 // waitListening waits until tasks on a subject are taken, and takes the one that was sent to find out.
 func waitListening(t testing.TB, b Broker, subject string, k *taker) {
@@ -516,7 +516,7 @@ func TestNATSDurablePullsForFreeSlots(t *testing.T) {
 	b, _ := openNATSForTest(t, s.durable())
 	var k taker
 	var free atomic.Int32
-	consumer := b.Consume("P.job", Slots{Limit: 4, Free: func() int { return int(free.Load()) }}, func(d Delivery) {
+	consumer := b.Consume("P.job", Slots{Limit: atMost(4), Free: func() int { return int(free.Load()) }}, func(d Delivery) {
 		free.Add(-1)
 		k.take(d)
 	})
@@ -719,7 +719,7 @@ func TestNATSDurableStreamFull(t *testing.T) {
 		t.Fatal(err)
 	}
 	b, _ := openNATSForTest(t, s.durable())
-	b.Consume("P.job", Slots{Limit: 1, Free: func() int { return 0 }}, func(Delivery) {})
+	b.Consume("P.job", Slots{Limit: atMost(1), Free: func() int { return 0 }}, func(Delivery) {})
 	waitFor(t, 10*time.Second, func() string {
 		_, err := b.Publish(t.Context(), Message{"P.job", nil, true})
 		return errText(err)

@@ -230,7 +230,7 @@ func (s *rabbitSession) adjust() (again time.Duration, err error) {
 		s.unsubscribe(s.hand)
 		return wait, nil
 	}
-	room := min(s.slots.Limit-unsettled, s.slots.Free()-int(s.inHandle.Load()))
+	room := min(s.slots.Limit()-unsettled, s.slots.Free()-int(s.inHandle.Load()))
 	switch {
 	case room > 0 && open > 0:
 		s.fullSince = time.Time{}

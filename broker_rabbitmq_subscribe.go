@@ -45,7 +45,7 @@ func (b *rabbitBroker) SubscribeAll(subject string, handle func(data []byte)) (u
 	shared := b.workerQueue(subject)
 	shared.fanout = b.broadcastExchange()
 	stop := make(chan struct{})
-	one := Slots{Limit: 1, Free: func() int { return 1 }}
+	one := Slots{Limit: func() int { return 1 }, Free: func() int { return 1 }}
 	relay := b.consume(shared, one, func(d Delivery) { b.passOn(own, d, stop) })
 	stopRelay := sync.OnceFunc(func() { close(stop) })
 	return func() {

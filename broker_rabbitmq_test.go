@@ -92,7 +92,7 @@ func (s *rabbitSink) await(t testing.TB, n int) []Delivery {
 	return held
 }
 
-func slotsOf(n int) Slots { return Slots{Limit: n, Free: func() int { return n }} }
+func slotsOf(n int) Slots { return Slots{Limit: atMost(n), Free: func() int { return n }} }
 
 func ackAll(t testing.TB, deliveries []Delivery) {
 	t.Helper()
@@ -243,7 +243,7 @@ func TestRabbitMQTakesNoMoreThanFits(t *testing.T) {
 	var free atomic.Int32
 	free.Store(2)
 	// Of 5 that the job may have, other jobs leave room for 2.
-	c := b.Consume("p1.fit", Slots{Limit: 5, Free: func() int { return int(free.Load()) }}, func(d Delivery) {
+	c := b.Consume("p1.fit", Slots{Limit: atMost(5), Free: func() int { return int(free.Load()) }}, func(d Delivery) {
 		sink.take(d)
 		free.Add(-1)
 	})
@@ -286,7 +286,7 @@ func TestRabbitMQPausesWhileOtherJobsHaveTheSlots(t *testing.T) {
 	var sink rabbitSink
 	var free atomic.Int32
 	free.Store(3)
-	c := b.Consume("p1.busy", Slots{Limit: 3, Free: func() int { return int(free.Load()) }}, sink.take)
+	c := b.Consume("p1.busy", Slots{Limit: atMost(3), Free: func() int { return int(free.Load()) }}, sink.take)
 	defer c.Stop()
 	awaitQueue(t, server, "p1.busy")
 	free.Store(0)

@@ -177,7 +177,7 @@ func (b *redisBroker) roomFor(stream *redisStream) int {
 	if c == nil {
 		return 0
 	}
-	return max(0, min(c.slots.Free(), c.slots.Limit-unsettled, maxRedisEntries))
+	return max(0, min(c.slots.Free(), c.slots.Limit()-unsettled, maxRedisEntries))
 }
 
 // createGroups makes sure that each stream exists with our group, which begins with the oldest entry.

@@ -72,7 +72,7 @@ func TestRedisStreamShared(t *testing.T) {
 		b := openRedisForTest(t, s.durable(), fmt.Sprint("w", i), nil)
 		k := newTaker(fmt.Sprint("w", i), 5)
 		takers = append(takers, k)
-		consumer := b.Consume("p.job", Slots{Limit: 5, Free: func() int { return int(k.free.Load()) }}, func(d Delivery) {
+		consumer := b.Consume("p.job", Slots{Limit: atMost(5), Free: func() int { return int(k.free.Load()) }}, func(d Delivery) {
 			if !d.Held || d.Attempt != 1 || d.HeldFor != 0 {
 				t.Errorf("delivery = %+v", d)
 			}
@@ -127,8 +127,8 @@ func TestRedisStreamFree(t *testing.T) {
 		slots.Add(-1)
 		got <- d
 	}
-	ca := b.Consume("p.a", Slots{Limit: 3, Free: free}, take)
-	cb := b.Consume("p.b", Slots{Limit: 1, Free: free}, take)
+	ca := b.Consume("p.a", Slots{Limit: atMost(3), Free: free}, take)
+	cb := b.Consume("p.b", Slots{Limit: atMost(1), Free: free}, take)
 	defer ca.Stop()
 	defer cb.Stop()
 	first := []Delivery{<-got, <-got, <-got}
@@ -449,7 +449,7 @@ func TestRedisStreamServerKilled(t *testing.T) {
 		})
 		k := newTaker(fmt.Sprint("w", i), 8)
 		takers = append(takers, k)
-		consumer := b.Consume("p.job", Slots{Limit: 8, Free: func() int { return 8 }}, func(d Delivery) {
+		consumer := b.Consume("p.job", Slots{Limit: atMost(8), Free: func() int { return 8 }}, func(d Delivery) {
 			k.mu.Lock()
 			k.deliveries = append(k.deliveries, d)
 			k.mu.Unlock()

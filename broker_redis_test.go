@@ -233,7 +233,7 @@ func newTaker(name string, limit int) *redisTaker {
 }
 
 func (k *redisTaker) consume(b Broker, subject string) Consumer {
-	return b.Consume(subject, Slots{Limit: k.limit, Free: func() int { return int(k.free.Load()) }}, func(d Delivery) {
+	return b.Consume(subject, Slots{Limit: atMost(k.limit), Free: func() int { return int(k.free.Load()) }}, func(d Delivery) {
 		if k.refuse.Load() {
 			d.Nack(errors.New("the journal cannot be written"))
 			return
@@ -800,7 +800,7 @@ func BenchmarkRedis(b *testing.B) {
 			defer broker.Close()
 			var n atomic.Int64
 			subject := fmt.Sprint("p.bench", durable)
-			consumer := broker.Consume(subject, Slots{Limit: 100, Free: func() int { return 100 }}, func(d Delivery) {
+			consumer := broker.Consume(subject, Slots{Limit: atMost(100), Free: func() int { return 100 }}, func(d Delivery) {
 				if d.Ack != nil {
 					d.Ack(context.Background())
 				}

@@ -162,3 +162,6 @@ func waitForPort(t testing.TB, addr string) {
 		return ""
 	})
 }
+
+// atMost is a limit that does not change.
+func atMost(n int) func() int { return func() int { return n } }

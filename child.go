@@ -123,8 +123,8 @@ func (p *workerProcess) followOrders(orders lineReader) {
 			default: // it has one already
 			}
 		}
-		if o.Problem != nil {
-			p.service.noteManager(*o.Problem)
+		if problem, said := o.Problems["manager"]; said {
+			p.service.noteManager(problem)
 		}
 		if o.Drain {
 			p.requestStop()

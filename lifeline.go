@@ -17,19 +17,27 @@ const maxLifelineBytes = 4 << 20
 
 // An order is what the parent tells its child.
 type order struct {
-	Config   *Config `json:"config,omitempty"`   // the first order carries it
-	Pending  bool    `json:"pending,omitempty"`  // the manager has not completed it yet: a second order will
+	Config   *Config `json:"config,omitempty"`   // the first order carries it, and later ones what it has become
+	Pending  bool    `json:"pending,omitempty"`  // the manager has not completed it yet: a later order will
 	Listener bool    `json:"listener,omitempty"` // descriptor 3 is the listening socket
-	Problem  *string `json:"problem,omitempty"`  // why the manager could not be asked; empty: it could
 	Drain    bool    `json:"drain,omitempty"`    // stop gracefully
 	Kill     bool    `json:"kill,omitempty"`     // stop at once
+
+	// Problems is all that the parent knows to be wrong, by what it is about, for /health; nil: as before.
+	Problems map[string]string `json:"problems,omitempty"`
+	// Execs is how the background processes are doing, for /health; nil: as before.
+	Execs []execHealth `json:"execs,omitempty"`
 }
 
 // A notice is what a child tells its parent.
 type notice struct {
+	Alive    bool `json:"alive,omitempty"`    // it makes progress; said every alivePause
 	Ready    bool `json:"ready,omitempty"`    // it does its work
 	Reload   bool `json:"reload,omitempty"`   // the manager wants its configuration asked for again
-	Shutdown bool `json:"shutdown,omitempty"` // the manager wants this worker to stop
+	Shutdown bool `json:"shutdown,omitempty"` // this worker is wanted to stop, by the manager or a background process
+	Failed   bool `json:"failed,omitempty"`   // with Shutdown: it is a failure, and to be told by the exit code
+
+	Execs []execHealth `json:"execs,omitempty"` // of the execs child: whenever one of its processes has changed
 }
 
 // writeLine sends an order or a notice.

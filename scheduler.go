@@ -47,6 +47,13 @@ func (s *scheduler) setLimit(event string, limit int) {
 	s.fill()
 }
 
+// limit is how many tasks of one job run at once.
+func (s *scheduler) limit(event string) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.lane(event).limit
+}
+
 // add lets a task wait for its slot.
 func (s *scheduler) add(t *task) {
 	s.mu.Lock()

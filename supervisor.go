@@ -140,7 +140,7 @@ func (s *supervisor) supervise(ctx context.Context, signals <-chan os.Signal) in
 		renewing := false
 		child, err := s.startChild(config, complete)
 		if err == nil && problem != "" {
-			child.tell(order{Problem: &problem})
+			child.tell(order{Problems: map[string]string{"manager": problem}})
 		}
 		for err == nil {
 			select {
@@ -156,7 +156,7 @@ func (s *supervisor) supervise(ctx context.Context, signals <-chan os.Signal) in
 				askAgain()
 			case update := <-updates:
 				problem = update.problem
-				child.tell(order{Problem: &problem})
+				child.tell(order{Problems: map[string]string{"manager": problem}})
 				if update.config == nil {
 					continue
 				}

@@ -170,8 +170,11 @@ func (w *worker) open(ctx context.Context) error {
 	w.reporter = newReporter(w.broker, hostID(), w.log, w.settle)
 	w.bus.subscribe(w.reporter.handle)
 	w.recover(found)
-	for event, runner := range w.jobs {
-		slots := Slots{Limit: runner.job.Limit, Free: func() int { return w.queue.free(event) }}
+	for event := range w.jobs {
+		slots := Slots{
+			Limit: func() int { return w.queue.limit(event) },
+			Free:  func() int { return w.queue.free(event) },
+		}
 		consumer := w.broker.Consume(w.subject(event), slots, func(d Delivery) { w.take(event, d) })
 		w.mu.Lock()
 		w.consumers = append(w.consumers, consumer)
