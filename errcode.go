@@ -15,7 +15,7 @@ type errCode string
 
 // Processes.
 const (
-	// A task's command could not be started. Check that the program exists, may be executed and is on the PATH.
+	// The command of a task or an exec could not be started. Check that the program exists, may be executed and is on the PATH.
 	codeExec errCode = "ERR-303509T3200"
 	// The worker process died or could not be started; it is started again. Look at the lines before it in the log.
 	codeChild errCode = "ERR-60350903200"
@@ -60,6 +60,22 @@ const (
 	codeRunEvent errCode = "ERR-26112300805"
 	// run could not make a folder for its task. Check the folder for temporary files ($TMPDIR).
 	codeRunFolder errCode = "ERR-26112300806"
+)
+
+// Background processes.
+const (
+	// An exec has ended with an exit code other than 0, was killed by a signal, or could not be started; it is started
+	// again after the pause that the line names. Its own lines in the log, before this one, say more.
+	codeExecFailed errCode = "ERR-26112300850"
+	// An exec has failed and is not started again: its attempt restarts in a row are used up. Mend what the lines before
+	// say; it starts anew when its entry changes or job_item is restarted.
+	codeExecGivenUp errCode = "ERR-26112300851"
+	// data_dir does not take the notes about the execs' processes, so what a killed job_item leaves of them is not ended
+	// by the next one. Check that the folder may be written to and has room.
+	codeExecLedger errCode = "ERR-26112300852"
+	// What execs had started under a killed job_item could not be ended, and runs beside what is started now. Look at the
+	// named processes, and end them by hand.
+	codeExecLeft errCode = "ERR-26112300853"
 )
 
 // Command templates.

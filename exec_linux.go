@@ -4,6 +4,9 @@ package main
 
 import (
 	"fmt"
+	"io"
+	"os"
+	"strconv"
 	"syscall"
 	"unsafe"
 )
@@ -39,4 +42,23 @@ func groupMembers(pgid int) (members []string, known bool) {
 		}
 	})
 	return members, known
+}
+
+// groupCarries reports whether a process of the group is alive that was started with all of these entries in its
+// environment.
+func groupCarries(pgid int, entries []string) bool {
+	found := false
+	eachProcess(func(p procStat) {
+		if found || p.pgrp != pgid || p.dead() {
+			return
+		}
+		file, err := os.Open("/proc/" + strconv.Itoa(p.pid) + "/environ")
+		if err != nil {
+			return
+		}
+		defer file.Close()
+		environ, err := io.ReadAll(io.LimitReader(file, maxEnvironBytes))
+		found = err == nil && holdsEntries(environ, entries)
+	})
+	return found
 }

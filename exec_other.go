@@ -13,3 +13,6 @@ func dieWithStarter(*syscall.SysProcAttr) bool { return false }
 func awaitExit(int) bool { return false }
 
 func groupMembers(int) (members []string, known bool) { return nil, false }
+
+// groupCarries: other systems do not show a process's environment.
+func groupCarries(int, []string) bool { return false }

@@ -10,10 +10,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"time"
 )
 
 // maxLifelineBytes bounds one line; a configuration is the largest.
 const maxLifelineBytes = 4 << 20
+
+// alivePause is how often a child says that it makes progress.
+const alivePause = 2 * time.Second
 
 // An order is what the parent tells its child.
 type order struct {
@@ -26,7 +30,7 @@ type order struct {
 	// Problems is all that the parent knows to be wrong, by what it is about, for /health; nil: as before.
 	Problems map[string]string `json:"problems,omitempty"`
 	// Execs is how the background processes are doing, for /health; nil: as before.
-	Execs []execHealth `json:"execs,omitempty"`
+	Execs []execHealth `json:"execs,omitzero"`
 }
 
 // A notice is what a child tells its parent.
@@ -37,7 +41,7 @@ type notice struct {
 	Shutdown bool `json:"shutdown,omitempty"` // this worker is wanted to stop, by the manager or a background process
 	Failed   bool `json:"failed,omitempty"`   // with Shutdown: it is a failure, and to be told by the exit code
 
-	Execs []execHealth `json:"execs,omitempty"` // of the execs child: whenever one of its processes has changed
+	Execs []execHealth `json:"execs,omitzero"` // of the execs child: whenever one of its processes has changed
 }
 
 // writeLine sends an order or a notice.

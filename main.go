@@ -115,6 +115,8 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		return runParent(ctx, inv)
 	case "child_process":
 		return runWorker(ctx, inv)
+	case "child_execs_process":
+		return runExecs(ctx, inv)
 	case "save":
 		return runSave(ctx, inv)
 	case "run":

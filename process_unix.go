@@ -32,12 +32,18 @@ func endStaleGroups(tasks []staleTask, killAfter time.Duration) error {
 			groups = append(groups, staleProcess{t.process, true})
 		}
 	}
+	strays := func() []staleProcess { return strayProcesses(tasks, boot) }
+	return endStaleProcesses(groups, strays, killAfter)
+}
+
+// endStaleProcesses ends these groups, and the strays as they are found, until there are none.
+func endStaleProcesses(groups []staleProcess, strays func() []staleProcess, killAfter time.Duration) error {
 	killAt := time.Now().Add(killAfter)
 	giveUpAt := killAt.Add(unkillableWait)
 	asked := map[staleProcess]bool{}
 	for pause := time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
 		groups = slices.DeleteFunc(groups, staleProcess.groupGone)
-		remaining := append(strayProcesses(tasks, boot), groups...)
+		remaining := append(strays(), groups...)
 		if len(remaining) == 0 {
 			return nil
 		}

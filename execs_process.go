@@ -1,0 +1,182 @@
+package main
+
+// execs_process.go is child_execs_process: where it has its configuration from, what makes it stop, and what it tells
+// its parent. What runs in it is execs.go's.
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+)
+
+// runExecs is child_execs_process: under a parent, or by hand.
+func runExecs(ctx context.Context, inv *invocation) int {
+	p := &execsProcess{orders: make(chan order), signals: make(chan os.Signal, 2), supervised: inv.supervised}
+	var err error
+	if inv.supervised {
+		err = p.adopt(inv)
+	} else {
+		err = p.standAlone(ctx, inv)
+	}
+	if err != nil {
+		inv.printError(err)
+		if codeOf(err) == codeConfig {
+			return exitUsage
+		}
+		return exitFailed
+	}
+	return p.run()
+}
+
+// An execsProcess is the process around the execs.
+type execsProcess struct {
+	first      *Config // what it starts with
+	log        *slog.Logger
+	notify     func(notice) // tells the parent, if there is one
+	orders     chan order   // closed when the parent is gone
+	signals    chan os.Signal
+	supervised bool
+}
+
+// adopt takes the configuration from the parent and follows its orders from then on.
+func (p *execsProcess) adopt(inv *invocation) error {
+	// The parent reads notices from stdout; whatever else would print there goes to the log.
+	notices := os.Stdout
+	os.Stdout = os.Stderr
+	p.notify = func(n notice) {
+		if err := writeLine(notices, n); err != nil {
+			p.log.Debug("parent does not listen", errAttrs(err))
+		}
+	}
+	sealDescriptors() // of what this process inherited, execs inherit nothing
+	orders := newLineReader(inv.stdin)
+	var first order
+	if err := orders.next(&first); err != nil {
+		return fail(codeLifeline, "read the parent's first order", err)
+	}
+	if first.Config == nil {
+		return fail(codeLifeline, "read the parent's first order", errors.New("it holds no configuration"))
+	}
+	p.first = first.Config
+	p.log = newLogger(inv.stderr, p.first)
+	// A terminal sends its interrupt to the whole group; the parent passes on what is meant. And a parent that is gone
+	// reads neither notices nor log, which must not end this process before its execs are ended. Neither signal is
+	// ignored, which the execs would inherit, but delivered to nobody.
+	signal.Notify(make(chan os.Signal, 1), os.Interrupt, syscall.SIGPIPE)
+	signal.Notify(p.signals, syscall.SIGTERM)
+	go func() { // ends with the process
+		defer close(p.orders)
+		for o, err := first, error(nil); err == nil; err = orders.next(&o) {
+			p.orders <- o
+			o = order{}
+		}
+	}()
+	return nil
+}
+
+// standAlone is for execs without a parent.
+func (p *execsProcess) standAlone(ctx context.Context, inv *invocation) error {
+	var err error
+	if p.first, err = loadConfig(inv.configFile(), os.LookupEnv); err != nil {
+		return err
+	}
+	p.log = newLogger(inv.stderr, p.first)
+	for _, warning := range p.first.Warnings {
+		p.log.Warn("configuration", "err", warning)
+	}
+	p.notify = func(notice) {}
+	sealDescriptors()
+	signal.Notify(p.signals, os.Interrupt, syscall.SIGTERM)
+	if p.first.EndPoint == "" {
+		go func() { p.orders <- order{Config: p.first} }() // ends with the process
+		return nil
+	}
+	source := newConfigSource(p.first, p.log)
+	go source.run(ctx) // ends with the process
+	go func() {        // ends with the process
+		for update := range source.updates {
+			if update.config != nil {
+				p.orders <- order{Config: update.config}
+			}
+		}
+	}()
+	return nil
+}
+
+// run runs the execs until it is told to stop, and returns the exit code.
+func (p *execsProcess) run() int {
+	set := newExecSet(p.first.DataDir, p.first.KillAfter, standardExecPauses(), p.log)
+	var stopped chan struct{} // nil: not stopping
+	stop := func(reason string) {
+		if stopped == nil {
+			p.log.Info("execs are being stopped", "reason", reason)
+			stopped = make(chan struct{})
+			go func() { // ends when they are gone, which run waits for
+				defer close(stopped)
+				set.stop()
+			}()
+		}
+	}
+	killed := false
+	kill := func(reason string) {
+		if stop(reason); !killed {
+			killed = true
+			set.kill()
+		}
+	}
+	alive := time.NewTicker(alivePause)
+	defer alive.Stop()
+	over := execsOver{}
+	orders := p.orders
+	for {
+		select {
+		case o, ok := <-orders:
+			if !ok {
+				orders = nil
+				p.notify = func(notice) {}
+				stop("the parent is gone")
+				continue
+			}
+			// The manager gives the project that execs find in their environment.
+			if o.Config != nil && !o.Pending && stopped == nil {
+				set.apply(o.Config)
+			}
+			if o.Drain {
+				stop("the parent says so")
+			}
+			if o.Kill {
+				kill("the parent says so")
+			}
+		case sig := <-p.signals:
+			if stopped == nil {
+				stop(sig.String())
+			} else {
+				kill(sig.String())
+			}
+		case <-set.changed:
+			health, now := set.report()
+			p.notify(notice{Execs: health})
+			if now != over && stopped == nil {
+				p.notify(notice{Shutdown: true, Failed: now.failed})
+				if !p.supervised {
+					stop("an exec with cascade_exit has ended")
+				}
+			}
+			over = now
+		case <-alive.C:
+			p.notify(notice{Alive: true})
+		case <-stopped:
+			health, _ := set.report()
+			p.notify(notice{Execs: health})
+			p.log.Info("execs stopped")
+			if over.failed && !p.supervised {
+				return exitFailed
+			}
+			return exitOK
+		}
+	}
+}
