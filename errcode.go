@@ -78,6 +78,19 @@ const (
 	codeExecLeft errCode = "ERR-26112300853"
 )
 
+// The parent and the system.
+const (
+	// NOTIFY_SOCKET is no address of a Unix socket, so the service manager is told nothing. It sets the variable itself; unset
+	// it where job_item is started by something else.
+	codeNotifySocket errCode = "ERR-26112300860"
+	// WATCHDOG_USEC or WATCHDOG_PID cannot be read, so the service manager's watchdog gets no sign of life. They come from
+	// WatchdogSec=; unset them where job_item is started by something else.
+	codeWatchdog errCode = "ERR-26112300861"
+	// The service manager did not take a message, such as that the worker is ready or alive. The work goes on; look at the
+	// service manager, and whether the socket of NOTIFY_SOCKET can be reached from here.
+	codeNotifySend errCode = "ERR-26112300862"
+)
+
 // Command templates.
 const (
 	// A job's cmd is not a template that can be run: a tag or a quote is not closed, a section not ended, a partial is

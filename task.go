@@ -61,19 +61,14 @@ type jobRunner struct {
 	env      []string
 }
 
-// serviceVariables are the service manager's messages to this process; a job must not take them for its own.
-var serviceVariables = []string{
-	"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES",
-}
-
 func newJobRunner(cfg *Config, job *Job, baseURL string) (*jobRunner, error) {
 	template, err := parseTemplate(job.Cmd, hostShell)
 	if err != nil {
 		return nil, err
 	}
 	env := map[string]string{}
-	for _, entry := range os.Environ() {
-		if name, value, ok := strings.Cut(entry, "="); ok && !slices.Contains(serviceVariables, name) {
+	for _, entry := range withoutServiceVariables(os.Environ()) {
+		if name, value, ok := strings.Cut(entry, "="); ok {
 			env[name] = value
 		}
 	}
