@@ -33,11 +33,7 @@ func brokerTLS(b BrokerConfig, dir string) (*tls.Config, error) {
 	if !b.Secure {
 		return nil, nil
 	}
-	defaults := defaultTLSFiles[b.Type]
-	caFile := existing(b.CAFile, dir, defaults.ca)
-	certFile := existing(b.CertFile, dir, defaults.cert)
-	keyFile := existing(b.KeyFile, dir, defaults.key)
-
+	caFile, certFile, keyFile := b.tlsFiles(dir)
 	config := &tls.Config{MinVersion: tls.VersionTLS12}
 	now := time.Now()
 	if caFile != "" {
@@ -75,6 +71,15 @@ func brokerTLS(b BrokerConfig, dir string) (*tls.Config, error) {
 	}
 	config.Certificates = []tls.Certificate{pair}
 	return config, nil
+}
+
+// tlsFiles are the files that brokerTLS reads, "" where there is none to read.
+func (b BrokerConfig) tlsFiles(dir string) (ca, cert, key string) {
+	if !b.Secure {
+		return "", "", ""
+	}
+	defaults := defaultTLSFiles[b.Type]
+	return existing(b.CAFile, dir, defaults.ca), existing(b.CertFile, dir, defaults.cert), existing(b.KeyFile, dir, defaults.key)
 }
 
 // existing is the named file, or else the one of the default name if there is one.

@@ -157,12 +157,12 @@ func (p *workerProcess) standAlone(ctx context.Context, inv *invocation) error {
 		p.configs <- p.cfg
 		return nil
 	}
-	source := newConfigSource(p.cfg, p.log)
+	source := newConfigSource(p.cfg, os.LookupEnv, p.log)
 	go source.run(ctx) // ends with the process
 	go func() {        // ends with the process
 		for taken := false; ; {
 			update := <-source.updates
-			p.service.noteManager(update.problem)
+			p.service.noteManager(update.problems["manager"])
 			switch {
 			case update.config != nil && !taken:
 				taken = true

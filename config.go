@@ -88,6 +88,9 @@ type BrokerConfig struct {
 	VHost     string // rabbitmq; "" is the virtual host /
 	DB        int    // redis
 	Durable   bool
+
+	// FilesDigest tells other content of the TLS files: SHA-256 in hex, "" without such files. See tlsDigest.
+	FilesDigest string
 }
 
 // Retain bounds what is kept of finished tasks.
@@ -193,19 +196,31 @@ const maxConfigBytes = 1 << 20
 func loadConfig(path string, getenv func(string) (string, bool)) (*Config, error) {
 	text, err := readBounded(path, maxConfigBytes)
 	if err != nil {
-		return nil, failHint(codeConfigFile, fmt.Sprintf("read config %q", path), err,
-			"name another file with --config FILE or CONFIG_PATH")
+		return nil, failConfigFile(path, err)
 	}
 	return parseConfig(path, text, getenv)
 }
 
+func failConfigFile(path string, err error) error {
+	return failHint(codeConfigFile, fmt.Sprintf("read config %q", path), err,
+		"name another file with --config FILE or CONFIG_PATH")
+}
+
 // parseConfig is loadConfig for text that was read from path.
 func parseConfig(path string, text []byte, getenv func(string) (string, bool)) (*Config, error) {
+	c := defaultConfig()
+	if err := c.parse(path, text, getenv); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// parse puts what stands in text, read from path, over the defaults in c. With an error c holds what could be read.
+func (c *Config) parse(path string, text []byte, getenv func(string) (string, bool)) error {
 	file, err := filepath.Abs(path)
 	if err != nil {
-		return nil, fmt.Errorf("find config %q: %w", path, err)
+		return fmt.Errorf("find config %q: %w", path, err)
 	}
-	c := defaultConfig()
 	c.File, c.Dir = file, filepath.Dir(file)
 	r := &configReader{dir: c.Dir, getenv: getenv, budget: 8 * maxConfigBytes}
 	r.problems.file = path
@@ -214,11 +229,11 @@ func parseConfig(path string, text []byte, getenv func(string) (string, bool)) (
 	}
 	r.environment(c)
 	if err := r.problems.err(); err != nil {
-		return nil, fail(codeConfig, fmt.Sprintf("check config %q", path), err)
+		return fail(codeConfig, fmt.Sprintf("check config %q", path), err)
 	}
 	c.Warnings = r.warnings
 	c.Project = c.Credential.ProjectID
-	return c, nil
+	return nil
 }
 
 // readBounded reads a file of at most limit bytes. The error does not name the file: the caller does.

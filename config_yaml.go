@@ -36,29 +36,30 @@ const maxProblemsShown = 100
 
 // Error gives one problem a line, each with its place.
 func (e *configErrors) Error() string {
-	var b strings.Builder
+	lines := e.lines()
 	if len(e.problems) > 1 {
-		fmt.Fprintf(&b, "%d problems\n", len(e.problems))
+		lines = append([]string{fmt.Sprintf("%d problems", len(e.problems))}, lines...)
 	}
+	return strings.Join(lines, "\n")
+}
+
+// lines gives the problems, each with its place.
+func (e *configErrors) lines() []string {
+	var lines []string
 	for i, p := range e.problems {
-		if i > 0 {
-			b.WriteByte('\n')
-		}
 		if i == maxProblemsShown {
-			fmt.Fprintf(&b, "and %d more", len(e.problems)-i)
-			break
+			return append(lines, fmt.Sprintf("and %d more", len(e.problems)-i))
 		}
+		place := "environment: "
 		if p.line > 0 {
-			fmt.Fprintf(&b, "%s:%d: ", e.file, p.line)
-		} else {
-			b.WriteString("environment: ")
+			place = fmt.Sprintf("%s:%d: ", e.file, p.line)
 		}
 		if p.key != "" {
-			b.WriteString(p.key + ": ")
+			place += p.key + ": "
 		}
-		b.WriteString(p.text)
+		lines = append(lines, place+p.text)
 	}
-	return b.String()
+	return lines
 }
 
 // err is nil when there is no problem.

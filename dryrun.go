@@ -54,9 +54,7 @@ func (d *dryRunner) manager(ctx context.Context, cfg *Config) *Config {
 	if cfg.EndPoint == "" {
 		return cfg
 	}
-	source := newConfigSource(cfg, slog.New(slog.DiscardHandler))
-	source.onlyLooking = true
-	complete, warnings, err := source.ask(ctx)
+	_, complete, warnings, err := newManagerClient(cfg, slog.New(slog.DiscardHandler)).complete(ctx)
 	if err != nil {
 		d.failed("manager "+cfg.EndPoint, err)
 		return nil

@@ -100,6 +100,21 @@ func (m *managerClient) ask(ctx context.Context) (*managerReply, error) {
 	return parsed, nil
 }
 
+// complete asks once for all that the manager has for this worker, certificates included, and gives its reply, the
+// configuration that the reply makes of the file, and what a person should know about it.
+func (m *managerClient) complete(ctx context.Context) (reply *managerReply, merged *Config, warnings []string, err error) {
+	if reply, err = m.ask(ctx); err != nil {
+		return nil, nil, nil, err
+	}
+	if merged, warnings, err = reply.merge(m.cfg); err != nil {
+		return nil, nil, nil, err
+	}
+	if err = m.fetchCertificates(ctx, reply); err != nil {
+		return nil, nil, nil, err
+	}
+	return reply, merged, warnings, nil
+}
+
 // hostInformation is the host as gopsutil sees it; what it cannot find out stays empty.
 func hostInformation(ctx context.Context) *host.InfoStat {
 	info, err := host.InfoWithContext(ctx)

@@ -120,7 +120,7 @@ func (s *supervisor) supervise(ctx context.Context, signals <-chan os.Signal) in
 	var updates <-chan configUpdate
 	askAgain := func() {}
 	if s.cfg.EndPoint != "" {
-		source := newConfigSource(s.cfg, s.log)
+		source := newConfigSource(s.cfg, os.LookupEnv, s.log)
 		asked := make(chan struct{})
 		go func() { // ends with ctx
 			defer close(asked)
@@ -155,7 +155,7 @@ func (s *supervisor) supervise(ctx context.Context, signals <-chan os.Signal) in
 			case <-child.reload:
 				askAgain()
 			case update := <-updates:
-				problem = update.problem
+				problem = update.problems["manager"]
 				child.tell(order{Problems: map[string]string{"manager": problem}})
 				if update.config == nil {
 					continue
