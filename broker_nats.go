@@ -1,8 +1,8 @@
 package main
 
 // broker_nats.go is the broker NATS: it keeps one connection alive for ever, publishes with a round trip as proof, and
-// holds the subscriptions of plain NATS. broker_nats_link.go is one connection, from login to loss, and
-// broker_nats_stream.go consumes durably from JetStream.
+// holds the subscriptions of plain NATS. broker_nats_link.go is one connection, from login to loss, broker_nats_queue.go
+// consumes plain subjects, and broker_nats_stream.go consumes durably from JetStream.
 
 import (
 	"context"
@@ -17,13 +17,6 @@ import (
 
 const (
 	natsPort = 4222
-
-	// natsHandlesAtOnce bounds the deliveries that are being accepted at once: enough for the journal to write many in
-	// one go.
-	natsHandlesAtOnce = 64
-
-	// natsMaxWaiting bounds, in bytes, the tasks of one plain subject that have arrived and are not accepted yet.
-	natsMaxWaiting = 256 << 20
 
 	// natsDrainLimit bounds how long a consumer that stops waits for what the server has sent it already.
 	natsDrainLimit = 3 * time.Second
@@ -288,7 +281,7 @@ func (b *natsBroker) Consume(subject string, slots Slots, handle func(Delivery))
 	if b.config.Durable {
 		return b.consumeStream(subject, slots, handle)
 	}
-	q := &natsQueue{broker: b, handle: handle, ready: make(chan struct{})}
+	q := &natsQueue{broker: b, handle: handle, ready: make(chan struct{}), stopping: make(chan struct{})}
 	q.idle.L = &q.mu
 	q.subscription = &natsSubscription{subject: subject, group: b.project, handle: q.arrived}
 	b.subscribe(q.subscription)
@@ -324,84 +317,6 @@ func (b *natsBroker) Close() error {
 	b.quit()
 	b.tasks.Wait()
 	return nil
-}
-
-// A natsQueue is this worker's share of a plain subject. NATS has forgotten what it sent, so everything that arrives
-// waits here until the worker's journal has it; a command's slot is no matter of this consumer.
-type natsQueue struct {
-	broker       *natsBroker
-	subscription *natsSubscription
-	handle       func(Delivery)
-	ready        chan struct{}
-
-	mu      sync.Mutex // guards what follows
-	idle    sync.Cond  // running has become 0
-	waiting []*nats.Msg
-	bytes   int
-	running int // goroutines that call handle
-	dropped int
-}
-
-// arrived lets a task wait for handle.
-func (q *natsQueue) arrived(m *nats.Msg) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if q.bytes+len(m.Data) > natsMaxWaiting {
-		q.dropped++
-		if q.dropped&(q.dropped-1) == 0 { // 1, 2, 4, … so that a flood is not logged line by line
-			q.broker.log.Error("tasks lost: they arrive faster than the journal can be written",
-				"subject", m.Subject, "lost", q.dropped)
-		}
-		return
-	}
-	q.waiting = append(q.waiting, m)
-	q.bytes += len(m.Data)
-	if q.running < natsHandlesAtOnce {
-		q.running++
-		q.broker.tasks.Add(1)
-		go q.work() // ends when nothing waits; Stop and Close wait for it
-	}
-}
-
-func (q *natsQueue) work() {
-	defer q.broker.tasks.Done()
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	for len(q.waiting) > 0 {
-		m := q.waiting[0]
-		q.waiting[0] = nil
-		q.waiting = q.waiting[1:]
-		q.bytes -= len(m.Data)
-		q.mu.Unlock()
-		q.handle(Delivery{Subject: m.Subject, Data: m.Data})
-		q.mu.Lock()
-	}
-	q.waiting = nil
-	if q.running--; q.running == 0 {
-		q.idle.Broadcast()
-	}
-}
-
-// Wake has no meaning here: the journal has room when no slot is free.
-func (q *natsQueue) Ready() <-chan struct{} { return q.ready }
-
-func (q *natsQueue) Wake() {}
-
-// Stop leaves the group, lets what the server has sent meanwhile arrive, and hands it out.
-func (q *natsQueue) Stop() {
-	b := q.broker
-	b.mu.Lock()
-	delete(b.subscriptions, q.subscription)
-	l := b.link
-	b.mu.Unlock()
-	if l != nil {
-		l.drain(natsDrainLimit, q.subscription)
-	}
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	for q.running > 0 {
-		q.idle.Wait()
-	}
 }
 
 // probeNATS connects once, as --dry-run wants it: login, a round trip and, for durable, JetStream.

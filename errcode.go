@@ -318,6 +318,10 @@ const (
 	codeNATSSettle errCode = "ERR-26112301115"
 	// --dry-run could log in, but the server did not answer after that. Look at the server.
 	codeNATSProbe errCode = "ERR-26112301116"
+	// A task that came over plain NATS was lost: the journal could not be written for so long that no more fit into
+	// memory, or until the worker stopped and no other was there. Free some space in data_dir, and send it again; with
+	// durable: true the broker would have kept it.
+	codeNATSTaskLost errCode = "ERR-26112300870"
 )
 
 // RabbitMQ.
