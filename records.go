@@ -389,6 +389,21 @@ func (r *records) wrote(err error) {
 	}
 }
 
+// mend tries again to write what could not be written, and says why it still cannot, "" if nothing waits.
+func (r *records) mend() string {
+	if !r.failing.Load() {
+		return ""
+	}
+	r.mu.Lock()
+	err := r.index.flush()
+	r.mu.Unlock()
+	r.wrote(err)
+	if _, err := r.failure(); err != nil {
+		return err.Error()
+	}
+	return ""
+}
+
 // tend forgets what has grown too old. It ends with close.
 func (r *records) tend() {
 	defer r.tending.Done()

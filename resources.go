@@ -20,24 +20,44 @@ const resourcePause = 2 * time.Second
 func (w *worker) watchResources(ctx context.Context) {
 	ticker := time.NewTicker(resourcePause)
 	defer ticker.Stop()
-	short := ""
-	for {
-		if now := shortage(w.cfg.TakeWhen, w.cfg.DataDir); (now == "") != (short == "") {
-			if short = now; short != "" {
-				w.queue.pause("resources")
-				w.log.Warn("no new task is started", "err", short)
-			} else {
-				w.log.Info("tasks are started again")
-				w.queue.resume("resources")
-			}
-			w.setProblem("resources", short)
+	for paused := false; ; {
+		short := shortage(w.cfg.TakeWhen, w.cfg.DataDir)
+		w.setProblem("resources", short)
+		w.setProblem("records", w.records.mend())
+		if short == "" {
+			short = w.journalFault()
 		}
+		switch {
+		case short != "" && !paused:
+			w.queue.pause("resources")
+			w.log.Warn("no new task is started", "err", short)
+		case short == "" && paused:
+			w.log.Info("tasks are started again")
+			w.queue.resume("resources")
+			w.wakeConsumers()
+		}
+		paused = short != ""
 		select {
 		case <-ticker.C:
 		case <-ctx.Done():
 			return
 		}
 	}
+}
+
+// journalFault says why the journal cannot be written, "" if it can: a task could be started, but its start not be
+// noted where the next worker would find its processes.
+func (w *worker) journalFault() string {
+	w.mu.Lock()
+	starting := w.state == stateStarting
+	w.mu.Unlock()
+	if starting { // there is no journal yet, and no task either
+		return ""
+	}
+	if err := w.journal.writable(); err != nil {
+		return err.Error()
+	}
+	return ""
 }
 
 // shortage says what there is too little of, "" if nothing. What cannot be measured is taken as enough.
