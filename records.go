@@ -90,13 +90,14 @@ type records struct {
 	writeErr error         // why the last write failed
 	failures int64         // writes that failed so far
 	loggedAt time.Time     // when one was last logged
+	ours     bool          // no other process writes here any more: see takeOver
 	closed   bool
 
 	filesMu sync.Mutex // guards what is counted, rotated or replaced in task folders
 }
 
-// openRecords opens the store in dir, the worker's data_dir, and forgets what retain no longer covers. Whatever in it
-// cannot be read as a record is left out.
+// openRecords opens the store in dir, the worker's data_dir, to be read: the worker before this one may still be ending
+// its tasks. Whatever in it cannot be read as a record is left out.
 func openRecords(dir string, retain Retain) (*records, error) {
 	r := &records{
 		dir:      dir,
@@ -107,21 +108,45 @@ func openRecords(dir string, retain Retain) (*records, error) {
 		live:     map[string]*liveTask{},
 	}
 	err := os.MkdirAll(filepath.Join(dir, "tasks"), 0o700)
+	if err = r.openIndex(err); err != nil {
+		return nil, err
+	}
+	r.tending.Add(1)
+	go r.tend()
+	return r, nil
+}
+
+// openIndex reads what there is, unless there is an err before.
+func (r *records) openIndex(err error) error {
+	r.index = recordIndex{}
 	if err == nil {
-		err = r.index.open(filepath.Join(dir, "records.jsonl"))
+		err = r.index.open(filepath.Join(r.dir, "records.jsonl"))
 	}
 	if err != nil {
-		return nil, fail(codeRecordsOpen, "open task records", err)
+		return fail(codeRecordsOpen, "open task records", err)
 	}
 	for _, id := range r.foldersOnDisk() {
 		if e := r.index.byID[id]; e != nil {
 			e.folder = true
 		}
 	}
+	return nil
+}
+
+// takeOver makes the store this process's own, reads what the worker before has written meanwhile, and forgets what
+// retain no longer covers. Whoever calls it holds the journal, so no other worker writes any more, and has started no
+// task.
+func (r *records) takeOver() error {
+	r.mu.Lock()
+	r.index.closeFile()
+	err := r.openIndex(nil)
+	r.ours = err == nil
+	r.mu.Unlock()
+	if err != nil {
+		return err
+	}
 	r.prune()
-	r.tending.Add(1)
-	go r.tend()
-	return r, nil
+	return nil
 }
 
 // setLog says where write failures are logged; until then they are only counted.
@@ -428,6 +453,10 @@ func (r *records) tend() {
 func (r *records) prune() {
 	var folders []string
 	r.mu.Lock()
+	if !r.ours {
+		r.mu.Unlock()
+		return
+	}
 	var oldest int64
 	if r.retain.Age > 0 {
 		oldest = time.Now().Add(-r.retain.Age).UnixNano()

@@ -333,8 +333,11 @@ func (r *records) foldersOnDisk() []string {
 // could not remove. An unfinished task may still come back to its folder, so it waits for as long as records stay.
 func (r *records) removeOrphans() {
 	r.mu.Lock()
-	oldest := time.Now().Add(-max(r.retain.Age, 24*time.Hour))
+	ours, oldest := r.ours, time.Now().Add(-max(r.retain.Age, 24*time.Hour))
 	r.mu.Unlock()
+	if !ours {
+		return
+	}
 	for _, id := range r.foldersOnDisk() {
 		info, err := os.Lstat(r.folder(id))
 		if err == nil && info.ModTime().Before(oldest) && !r.known(id) {

@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -26,6 +27,9 @@ var testRetain = Retain{Tasks: 1000, Age: time.Hour, Log: 1 << 20}
 func openTestRecords(t *testing.T, dir string, retain Retain) *records {
 	t.Helper()
 	r, err := openRecords(dir, retain)
+	if err == nil {
+		err = r.takeOver()
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -816,6 +820,44 @@ func TestFolderNames(t *testing.T) {
 		if id, ok := folderTask(name); ok {
 			t.Errorf("folderTask(%q) = %q", name, id)
 		}
+	}
+}
+
+// TestRecordsOfTheWorkerBefore opens a store while another process still writes to it, as a worker does whose parent
+// was killed.
+func TestRecordsOfTheWorkerBefore(t *testing.T) {
+	dir := t.TempDir()
+	before := openTestRecords(t, dir, testRetain)
+	startTask(before, "early", 1)
+	next, err := openRecords(dir, Retain{Tasks: 2, Age: time.Hour, Log: 1000})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer next.close()
+	for _, id := range []string{"old", "early", "late"} {
+		startTask(before, id, 1)
+		printTask(before, id, "text of "+id)
+		finishTask(before, id, statusFinish)
+	}
+	before.close()
+	if err := next.takeOver(); err != nil {
+		t.Fatal(err)
+	}
+	finishTask(next, "own", statusFinish)
+	var ids []string
+	for _, rec := range next.list(recordFilter{}) {
+		ids = append(ids, rec.TaskID)
+	}
+	slices.Sort(ids)
+	if !slices.Equal(ids, []string{"late", "own"}) {
+		t.Errorf("kept are %q; want the last two", ids)
+	}
+	if got := logOf(t, next, "late"); got != "text of late" {
+		t.Errorf("log = %q", got)
+	}
+	again := openTestRecords(t, dir, testRetain)
+	if rec := mustGet(t, again, "late"); rec.Status != statusFinish {
+		t.Errorf("record = %+v", rec)
 	}
 }
 

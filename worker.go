@@ -167,6 +167,9 @@ func (w *worker) open(ctx context.Context) error {
 		w.log.Warn("journal was not whole: a last write was interrupted, or the disk is unsound",
 			"torn_bytes", found.TornBytes, "damaged_bytes", found.DamagedBytes)
 	}
+	if err := w.records.takeOver(); err != nil {
+		return err
+	}
 	w.reporter = newReporter(w.broker, hostID(), w.log, w.settle)
 	w.bus.subscribe(w.reporter.handle)
 	w.recover(found)
