@@ -11,7 +11,7 @@ import (
 // A localBroker hands what is published on a consumed subject straight to its consumer.
 type localBroker struct {
 	mu            sync.RWMutex // guards what follows
-	consumers     map[string]func(Delivery)
+	consumers     map[string]*localConsumer
 	subscriptions map[string]map[*localSubscription]struct{}
 }
 
@@ -23,7 +23,7 @@ type localSubscription struct {
 var _ Broker = (*localBroker)(nil)
 
 func newLocalBroker() *localBroker {
-	return &localBroker{consumers: map[string]func(Delivery){}, subscriptions: map[string]map[*localSubscription]struct{}{}}
+	return &localBroker{consumers: map[string]*localConsumer{}, subscriptions: map[string]map[*localSubscription]struct{}{}}
 }
 
 // Publish returns once the consumers have accepted the messages, so their journal holds them, or with the reason for
@@ -39,7 +39,7 @@ func (b *localBroker) Publish(_ context.Context, messages ...Message) (sent int,
 
 func (b *localBroker) publish(subject string, data []byte) error {
 	b.mu.RLock()
-	consume := b.consumers[subject]
+	consumer := b.consumers[subject]
 	var subscriptions []*localSubscription
 	for s := range b.subscriptions[subject] {
 		subscriptions = append(subscriptions, s)
@@ -51,13 +51,13 @@ func (b *localBroker) publish(subject string, data []byte) error {
 		s.handle(data)
 		s.mu.Unlock()
 	}
-	if consume == nil {
+	if consumer == nil {
 		return nil
 	}
 	var refused error
 	returned := false
 	var mu sync.Mutex // Nack may also come much later, when it means nothing here: the journal has the task
-	consume(Delivery{Subject: subject, Data: data, Nack: func(reason error) {
+	consumer.handle(Delivery{Subject: subject, Data: data, Nack: func(reason error) {
 		mu.Lock()
 		defer mu.Unlock()
 		if !returned {
@@ -96,8 +96,9 @@ func (b *localBroker) SubscribeAll(subject string, handle func(data []byte)) fun
 func (b *localBroker) Consume(subject string, _ Slots, handle func(Delivery)) Consumer {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.consumers[subject] = handle
-	return &localConsumer{b, subject}
+	c := &localConsumer{b, subject, handle}
+	b.consumers[subject] = c
+	return c
 }
 
 func (b *localBroker) Close() error { return nil }
@@ -105,6 +106,7 @@ func (b *localBroker) Close() error { return nil }
 type localConsumer struct {
 	broker  *localBroker
 	subject string
+	handle  func(Delivery)
 }
 
 func (c *localConsumer) Ready() <-chan struct{} {
@@ -118,5 +120,7 @@ func (c *localConsumer) Wake() {}
 func (c *localConsumer) Stop() {
 	c.broker.mu.Lock()
 	defer c.broker.mu.Unlock()
-	delete(c.broker.consumers, c.subject)
+	if c.broker.consumers[c.subject] == c {
+		delete(c.broker.consumers, c.subject)
+	}
 }

@@ -18,8 +18,9 @@ import (
 
 // runWorker is child_process: under a parent, or by hand.
 func runWorker(ctx context.Context, inv *invocation) int {
-	p := &workerProcess{stop: make(chan struct{}), kill: make(chan struct{}), configs: make(chan *Config, 1),
-		supervised: inv.supervised}
+	p := &workerProcess{
+		stop: make(chan struct{}), kill: make(chan struct{}), configs: make(chan *Config, 1), supervised: inv.supervised,
+	}
 	var err error
 	if inv.supervised {
 		err = p.adopt(inv)
@@ -42,13 +43,16 @@ func runWorker(ctx context.Context, inv *invocation) int {
 
 // A workerProcess is the process around a worker.
 type workerProcess struct {
-	cfg      *Config
+	cfg      *Config // as it was at the start
 	listener net.Listener
+	api      *apiServer
+	records  *records // nil until they could be opened
 	log      *slog.Logger
 	notify   func(notice) // tells the parent, if there is one
+	reload   func()       // lets the configuration be asked for again
 
 	supervised bool
-	configs    chan *Config // the complete configuration, once
+	configs    chan *Config // complete ones; of several only the last is in it
 	service    *serviceSlot
 
 	stop     chan struct{} // closed when the worker is to drain
@@ -70,6 +74,7 @@ func (p *workerProcess) adopt(inv *invocation) error {
 			p.log.Debug("parent does not listen", errAttrs(err))
 		}
 	}
+	p.reload = func() { p.notify(notice{Reload: true}) }
 	sealDescriptors() // of what this process inherited, commands inherit nothing
 	orders := newLineReader(inv.stdin)
 	var first order
@@ -81,10 +86,11 @@ func (p *workerProcess) adopt(inv *invocation) error {
 	}
 	p.cfg = first.Config
 	if !first.Pending {
-		p.configs <- first.Config
+		p.offer(first.Config)
 	}
 	p.log = newLogger(inv.stderr, p.cfg)
 	p.service = newServiceSlot(p.cfg)
+	p.service.hear(first)
 	var err error
 	if first.Listener {
 		p.listener, err = inheritedSocket()
@@ -94,9 +100,9 @@ func (p *workerProcess) adopt(inv *invocation) error {
 	if err != nil {
 		return err
 	}
-	// A terminal sends its interrupt to the whole group; the parent passes on what is meant. It is not ignored, which
-	// the commands of tasks would inherit, but delivered to nobody.
-	signal.Notify(make(chan os.Signal, 1), os.Interrupt)
+	// A terminal sends its interrupt and its end to the whole group; the parent passes on what is meant. They are not
+	// ignored, which the commands of tasks would inherit, but delivered to nobody.
+	signal.Notify(make(chan os.Signal, 1), os.Interrupt, syscall.SIGHUP)
 	terminated := make(chan os.Signal, 2)
 	signal.Notify(terminated, syscall.SIGTERM)
 	go p.followSignals(terminated) // ends with the process
@@ -118,14 +124,9 @@ func (p *workerProcess) followOrders(orders lineReader) {
 			return
 		}
 		if o.Config != nil {
-			select {
-			case p.configs <- o.Config:
-			default: // it has one already
-			}
+			p.offer(o.Config)
 		}
-		if problem, said := o.Problems["manager"]; said {
-			p.service.noteManager(problem)
-		}
+		p.service.hear(o)
 		if o.Drain {
 			p.requestStop()
 		}
@@ -153,26 +154,41 @@ func (p *workerProcess) standAlone(ctx context.Context, inv *invocation) error {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 	go p.followSignals(signals) // ends with the process
-	if p.cfg.EndPoint == "" {
-		p.configs <- p.cfg
-		return nil
-	}
 	source := newConfigSource(p.cfg, os.LookupEnv, p.log)
-	go source.run(ctx) // ends with the process
-	go func() {        // ends with the process
-		for taken := false; ; {
-			update := <-source.updates
-			p.service.noteManager(update.problems["manager"])
-			switch {
-			case update.config != nil && !taken:
-				taken = true
-				p.configs <- update.config
-			case update.config != nil:
-				p.log.Warn("configuration has changed; without a parent it is taken up at the next start")
+	p.reload = source.askAgain
+	hangups := make(chan os.Signal, 1)
+	signal.Notify(hangups, syscall.SIGHUP)
+	go source.run(ctx)                 // ends with the process
+	go p.followSource(source, hangups) // ends with the process
+	return nil
+}
+
+// followSource is what a parent does with changes of the configuration.
+func (p *workerProcess) followSource(source *configSource, hangups <-chan os.Signal) {
+	for {
+		select {
+		case <-hangups:
+			source.askAgain()
+		case update := <-source.updates:
+			p.service.hear(order{Problems: update.problems})
+			switch next := update.config; {
+			case next == nil:
+			case next.Listen != p.cfg.Listen || next.DataDir != p.cfg.DataDir:
+				p.log.Warn("listen or data_dir has changed; without a parent the configuration is taken up at the next start")
+			default:
+				p.offer(next)
 			}
 		}
-	}()
-	return nil
+	}
+}
+
+// offer hands a configuration to configure, in the place of one that it has not taken yet. It has one caller at a time.
+func (p *workerProcess) offer(cfg *Config) {
+	select {
+	case <-p.configs:
+	default:
+	}
+	p.configs <- cfg
 }
 
 // followSignals drains at the first signal and ends at once at the second.
@@ -190,73 +206,32 @@ func (p *workerProcess) run(ctx context.Context) error {
 	defer cancel()
 
 	bus := &eventBus{}
-	recs, err := openRecords(p.cfg.DataDir, p.cfg.Retain)
-	if err != nil {
-		return err
-	}
-	defer recs.close()
-	recs.setLog(p.log)
-	bus.subscribe(recs.handle)
 	bus.subscribe(logEvents(p.log))
-
-	service := p.service
-	api := newAPIServer(apiConfigOf(p.cfg), service, recs, bus, p.log)
+	p.api = newAPIServer(apiConfigOf(p.cfg), p.service, bus, p.log)
 	served := make(chan error, 1)
-	go func() { served <- api.serve(p.listener) }() // ends at api.shutdown
+	go func() { served <- p.api.serve(p.listener) }() // ends at api.shutdown
+	configured := make(chan struct{})
+	go func() { // ends with ctx
+		defer close(configured)
+		p.configure(ctx, bus)
+	}()
 
-	var w *worker
-	opened := make(chan error, 1)
-	watched := make(chan struct{})
-	baseURL := reachableURL(p.listener.Addr())
-	var complete *Config
-	var again <-chan time.Time // when to try with the same configuration: a file that it names may have been mended
-	pause := minRestartPause
-	for running := true; running; {
+	alive := time.NewTicker(alivePause)
+	defer alive.Stop()
+	var failed error
+	for p.notify(notice{Alive: true}); !p.stopping() && failed == nil; {
 		select {
-		case complete = <-p.configs:
-		case <-again:
-		case err := <-opened:
-			if err != nil {
-				return err
+		case <-alive.C:
+			if w := p.service.filled.Load(); w != nil {
+				w.makesProgress()
 			}
-			opened = nil
-			w.listenForOrders(func() { p.notify(notice{Reload: true}) }, p.askForShutdown)
-			p.log.Info("ready", "addr", baseURL, "jobs", len(p.cfg.Jobs), "pid", os.Getpid(), "try", p.suggestion())
-			p.notify(notice{Ready: true})
-		case err := <-served:
-			if !p.stopping() {
-				return err
-			}
-			running = false
+			p.notify(notice{Alive: true})
+		case failed = <-served:
 		case <-p.stop:
-			running = false
-		}
-		if complete != nil && w == nil && running {
-			again = nil
-			if w, err = newWorker(complete, baseURL, recs, bus, p.log); err != nil {
-				p.log.Error("worker cannot start yet", errAttrs(err), "pause", pause.String())
-				service.explain(err)
-				again = time.After(pause)
-				pause = min(2*pause, maxRestartPause)
-				continue
-			}
-			p.cfg = complete
-			api.reconfigure(apiConfigOf(complete))
-			service.fill(w)
-			go func() { opened <- w.open(ctx) }() // ends at the latest with ctx
-			go func() {                           // ends with ctx
-				defer close(watched)
-				w.watchResources(ctx)
-			}()
 		}
 	}
 	cancel()
-	if w != nil {
-		<-watched
-		if opened != nil {
-			<-opened
-		}
-	}
+	<-configured
 
 	urgent, hurry := context.WithCancel(context.Background())
 	defer hurry()
@@ -264,20 +239,95 @@ func (p *workerProcess) run(ctx context.Context) error {
 		<-p.kill
 		hurry()
 	}()
+	w := p.service.filled.Load()
 	if w != nil {
 		w.drain(urgent)
 	}
 	grace, stop := context.WithTimeout(urgent, settleTimeout)
 	defer stop()
-	if err := api.shutdown(grace); err != nil {
+	if err := p.api.shutdown(grace); err != nil {
 		p.log.Warn("REST API not closed in time", errAttrs(err))
 	}
 	if w != nil {
 		w.close()
 	}
+	if p.records != nil {
+		p.records.close()
+	}
 	p.log.Info("worker stopped")
-	return nil
+	return failed
 }
+
+// configure makes the worker of the first complete configuration, and has it take up the later ones. What cannot be
+// done is tried again: a file that it takes may have been mended.
+func (p *workerProcess) configure(ctx context.Context, bus *eventBus) {
+	var working sync.WaitGroup
+	defer working.Wait()
+	var w *worker
+	var cfg *Config
+	var again <-chan time.Time
+	pause := minRestartPause
+	for {
+		select {
+		case cfg = <-p.configs:
+			again, pause = nil, minRestartPause
+		case <-again:
+		case <-ctx.Done():
+			return
+		}
+		var err error
+		if w != nil {
+			if err = w.reconfigure(cfg); err != nil {
+				p.log.Error("configuration not taken up, the one before stays", errAttrs(err))
+				w.setProblem("configuration", err.Error())
+				continue
+			}
+			w.setProblem("configuration", "")
+			p.api.reconfigure(apiConfigOf(cfg))
+			continue
+		}
+		if w, err = p.newWorker(cfg, bus); err != nil {
+			p.log.Error("worker cannot start yet", errAttrs(err), "pause", pause.String())
+			p.service.explain(err)
+			again = time.After(pause)
+			pause = min(2*pause, maxRestartPause)
+			continue
+		}
+		p.api.reconfigure(apiConfigOf(cfg))
+		p.service.fill(w)
+		working.Add(2)
+		go func() { // ends with ctx
+			defer working.Done()
+			w.watchResources(ctx)
+		}()
+		go func() { // ends when the worker is open, at the latest with ctx
+			defer working.Done()
+			if w.open(ctx) == nil {
+				p.log.Info("ready", "addr", p.baseURL(), "jobs", len(w.config().Jobs), "pid", os.Getpid(),
+					"try", suggestion(w.config()))
+				p.notify(notice{Ready: true})
+			}
+		}()
+	}
+}
+
+// newWorker opens what the worker needs, each as soon as it can be opened.
+func (p *workerProcess) newWorker(cfg *Config, bus *eventBus) (*worker, error) {
+	if p.records == nil {
+		recs, err := openRecords(cfg.DataDir, cfg.Retain)
+		if err != nil {
+			return nil, err
+		}
+		recs.setLog(p.log)
+		bus.subscribe(recs.handle)
+		p.records = recs
+		p.api.serveRecords(recs)
+	}
+	orders := workerOrders{reload: p.reload, shutdown: p.askForShutdown}
+	return newWorker(cfg, p.baseURL(), p.records, bus, orders, p.log)
+}
+
+func (p *workerProcess) baseURL() string { return reachableURL(p.listener.Addr()) }
 
 // askForShutdown lets the parent stop everything; without one this process is everything.
 func (p *workerProcess) askForShutdown() {
@@ -289,11 +339,11 @@ func (p *workerProcess) askForShutdown() {
 }
 
 // suggestion is a first thing to try for somebody who reads the log.
-func (p *workerProcess) suggestion() string {
-	if len(p.cfg.Jobs) == 0 {
-		return "add a job to " + p.cfg.File
+func suggestion(cfg *Config) string {
+	if len(cfg.Jobs) == 0 {
+		return "add a job to " + cfg.File
 	}
-	return fmt.Sprintf("job_item create %s --wait", p.cfg.Jobs[0].Event)
+	return fmt.Sprintf("job_item create %s --wait", cfg.Jobs[0].Event)
 }
 
 func (p *workerProcess) stopping() bool {

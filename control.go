@@ -18,14 +18,22 @@ const (
 	maxControlled = 10_000
 )
 
-// control listens on a task's own subjects soon, for as long as the task is known.
+// control listens on a task's own subjects soon, for as long as the task is known, and on no other link than its own.
 func (w *worker) control(t *task) {
-	if w.isLocal() {
-		return // nobody could say anything
+	w.mu.Lock()
+	l := t.link
+	var before func()
+	before, t.uncontrol = t.uncontrol, nil
+	w.mu.Unlock()
+	if before != nil {
+		before()
+	}
+	if l == nil || l.isLocal() {
+		return // it has ended, or nobody could say anything
 	}
 	time.AfterFunc(controlDelay, func() {
 		w.mu.Lock()
-		wanted := w.known[t.id] == t && w.controlled < maxControlled
+		wanted := t.link == l && w.controlled < maxControlled
 		if wanted {
 			w.controlled++
 		}
@@ -34,9 +42,9 @@ func (w *worker) control(t *task) {
 			return
 		}
 		// The broker is never called with mu held: it has locks of its own, and calls us back.
-		stopWorker := w.broker.Subscribe(t.id+"_worker", func(data []byte) { w.obey(t, data) })
-		stopListen := w.broker.Subscribe(t.id+"_listen", func([]byte) {
-			w.reporter.enqueue(t.id+"_listen.callback", []byte("world"), "")
+		stopWorker := l.broker.Subscribe(t.id+"_worker", func(data []byte) { w.obey(t, data) })
+		stopListen := l.broker.Subscribe(t.id+"_listen", func([]byte) {
+			l.reporter.enqueue(t.id+"_listen.callback", []byte("world"), "")
 		})
 		stop := func() {
 			stopWorker()
@@ -46,12 +54,12 @@ func (w *worker) control(t *task) {
 			w.controlled--
 		}
 		w.mu.Lock()
-		known := w.known[t.id] == t
+		known := t.link == l
 		if known {
 			t.uncontrol = stop
 		}
 		w.mu.Unlock()
-		if !known { // it has ended meanwhile
+		if !known { // it has ended or moved meanwhile
 			stop()
 		}
 	})
@@ -80,16 +88,4 @@ func (w *worker) obey(t *task, data []byte) {
 		}
 		w.log.Warn("control message refused", errAttrs(fail(codeControl, "read control message", err)), "task", t.id)
 	}
-}
-
-// listenForOrders follows the subjects of the whole worker. reload and stop are called when a message asks for it.
-func (w *worker) listenForOrders(reload, stop func()) {
-	w.broker.SubscribeAll(w.cfg.Project+".restart", func([]byte) {
-		w.log.Info("the configuration is to be asked for again")
-		reload()
-	})
-	w.broker.Subscribe(w.cfg.IdentityID+".shutdown", func([]byte) {
-		w.log.Info("shutdown is asked for")
-		stop()
-	})
 }

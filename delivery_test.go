@@ -17,7 +17,7 @@ import (
 type heldDelivery struct{ acks, nacks atomic.Int32 }
 
 func (h *heldDelivery) deliver(w *worker, event, message string, heldFor time.Duration) {
-	w.take(event, Delivery{
+	w.take(w.currentLink(), event, Delivery{
 		Subject: "local." + event, Data: []byte(message), Held: true, Attempt: 1, HeldFor: heldFor,
 		Ack:  func(context.Context) error { h.acks.Add(1); return nil },
 		Nack: func(error) { h.nacks.Add(1) },
@@ -43,7 +43,7 @@ func openWorkerForTest(t *testing.T, dir, jobs string) (w *worker, stop func()) 
 	}
 	bus := &eventBus{}
 	bus.subscribe(recs.handle)
-	w, err = newWorker(cfg, "http://127.0.0.1:1", recs, bus, log)
+	w, err = newWorker(cfg, "http://127.0.0.1:1", recs, bus, workerOrders{}, log)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -56,6 +56,9 @@ const (
 	codeSocket errCode = "ERR-26112300802"
 	// A child process was started with --supervised and without a parent that talks to it. Leave the flag out.
 	codeLifeline errCode = "ERR-26112300803"
+	// A child process has said for a minute that it makes no progress, or has said nothing, and is started anew; its tasks run
+	// again. A host that is far too busy can be the reason; otherwise report it, with the log of the minutes before.
+	codeChildSilent errCode = "ERR-26112300804"
 	// run was asked for an event that the configuration does not have.
 	codeRunEvent errCode = "ERR-26112300805"
 	// run could not make a folder for its task. Check the folder for temporary files ($TMPDIR).
@@ -89,6 +92,9 @@ const (
 	// The service manager did not take a message, such as that the worker is ready or alive. The work goes on; look at the
 	// service manager, and whether the socket of NOTIFY_SOCKET can be reached from here.
 	codeNotifySend errCode = "ERR-26112300862"
+	// The system does not make the parent the one that orphaned processes go to. It works without; what a killed worker's
+	// tasks have left is then ended a moment later, when the next worker starts.
+	codeSubreaper errCode = "ERR-26112300863"
 )
 
 // Command templates.

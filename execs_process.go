@@ -95,7 +95,7 @@ func (p *execsProcess) standAlone(ctx context.Context, inv *invocation) error {
 		go func() { p.orders <- order{Config: p.first} }() // ends with the process
 		return nil
 	}
-	source := newConfigSource(p.first, p.log)
+	source := newConfigSource(p.first, os.LookupEnv, p.log)
 	go source.run(ctx) // ends with the process
 	go func() {        // ends with the process
 		for update := range source.updates {

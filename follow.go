@@ -163,3 +163,10 @@ func (f *follower) follows(id string) bool {
 	defer f.mu.Unlock()
 	return f.tasks[id] != nil
 }
+
+// busy reports whether any task is followed.
+func (f *follower) busy() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.tasks) > 0
+}

@@ -118,7 +118,7 @@ const (
 // An apiServer serves the API on the listeners given to serve.
 type apiServer struct {
 	service     taskService
-	records     *records
+	records     atomic.Pointer[records] // nil until they could be opened
 	log         *slog.Logger
 	config      atomic.Pointer[apiConfig]
 	routes      *http.ServeMux
@@ -129,10 +129,9 @@ type apiServer struct {
 }
 
 // newAPIServer prepares a server; it takes events from bus until shutdown.
-func newAPIServer(config apiConfig, service taskService, records *records, bus *eventBus, log *slog.Logger) *apiServer {
+func newAPIServer(config apiConfig, service taskService, bus *eventBus, log *slog.Logger) *apiServer {
 	a := &apiServer{
 		service:     service,
-		records:     records,
 		log:         log,
 		routes:      http.NewServeMux(),
 		feed:        newEventFeed(bus),
@@ -179,6 +178,9 @@ func (a *apiServer) handle(pattern string, handler apiHandler) {
 
 // reconfigure changes the key and the rest for the requests that come from now on.
 func (a *apiServer) reconfigure(config apiConfig) { a.config.Store(&config) }
+
+// serveRecords lets the API answer more than what needs no records.
+func (a *apiServer) serveRecords(recs *records) { a.records.Store(recs) }
 
 // serve answers requests on listener until shutdown, which makes it return nil.
 func (a *apiServer) serve(listener net.Listener) error {
@@ -235,6 +237,10 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (a *apiServer) route(reply *apiReply, r *http.Request) {
 	handler, pattern := a.routes.Handler(r)
 	if _, ours := handler.(routeHandler); ours && pattern != "" {
+		if a.records.Load() == nil && pattern != "GET /health" {
+			reply.err = fmt.Errorf("serve %s: %w", r.URL.Path, errStarting)
+			return
+		}
 		a.routes.ServeHTTP(reply, r)
 		return
 	}
@@ -364,7 +370,7 @@ func (a *apiServer) showData(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	data, err := a.records.data(id)
+	data, err := a.records.Load().data(id)
 	if err != nil {
 		return err
 	}
@@ -409,7 +415,7 @@ func (a *apiServer) recordOf(r *http.Request) (record, error) {
 	}
 	rec, ok := a.service.record(id)
 	if !ok {
-		return record{}, a.records.unknown(id)
+		return record{}, a.records.Load().unknown(id)
 	}
 	return rec, nil
 }

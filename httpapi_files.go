@@ -23,7 +23,7 @@ func (a *apiServer) takeResult(w http.ResponseWriter, r *http.Request) error {
 	if _, err := a.readJSON(w, r, maxResultBytes, &result); err != nil {
 		return err
 	}
-	if err := a.records.saveResult(id, result); err != nil {
+	if err := a.records.Load().saveResult(id, result); err != nil {
 		return err
 	}
 	return writeJSON(w, http.StatusOK, map[string]any{"status": "success", "task_id": id})
@@ -56,7 +56,7 @@ func (a *apiServer) takeFile(w http.ResponseWriter, r *http.Request) error {
 		if part.FormName() != "file" || part.FileName() == "" {
 			continue
 		}
-		size, err := a.records.saveFile(id, part.FileName(), part)
+		size, err := a.records.Load().saveFile(id, part.FileName(), part)
 		if err != nil {
 			var broken *http.MaxBytesError
 			if errors.As(err, &broken) {
@@ -92,7 +92,7 @@ func (a *apiServer) showFile(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	file, err := a.records.openFile(id, r.PathValue("name"))
+	file, err := a.records.Load().openFile(id, r.PathValue("name"))
 	if err != nil {
 		return err
 	}

@@ -44,9 +44,9 @@ func (a *apiServer) showLog(w http.ResponseWriter, r *http.Request) error {
 		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 		reply.timeout = followTimeout
 		reply.flush()
-		return a.records.followLog(r.Context(), rec.TaskID, reply, reply.flush)
+		return a.records.Load().followLog(r.Context(), rec.TaskID, reply, reply.flush)
 	}
-	log, err := a.records.openLog(rec.TaskID)
+	log, err := a.records.Load().openLog(rec.TaskID)
 	if errors.Is(err, errTaskUnknown) { // it has not started
 		log, err = newLogReader("", nil, 0), nil
 	}

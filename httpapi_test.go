@@ -98,7 +98,8 @@ func startAPI(t *testing.T, listen string, config apiConfig, adjust ...func(*api
 	a.records = openTestRecords(t, t.TempDir(), testRetain)
 	a.bus.subscribe(a.records.handle)
 	a.service = &fakeService{records: a.records, bus: a.bus, status: healthOK}
-	a.api = newAPIServer(config, a.service, a.records, a.bus, slog.New(slog.DiscardHandler))
+	a.api = newAPIServer(config, a.service, a.bus, slog.New(slog.DiscardHandler))
+	a.api.serveRecords(a.records)
 	for _, change := range adjust {
 		change(a.api)
 	}

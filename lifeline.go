@@ -13,11 +13,11 @@ import (
 	"time"
 )
 
-// maxLifelineBytes bounds one line; a configuration is the largest.
-const maxLifelineBytes = 4 << 20
-
 // alivePause is how often a child says that it makes progress.
 const alivePause = 2 * time.Second
+
+// maxLifelineBytes bounds one line; a configuration is the largest.
+const maxLifelineBytes = 4 << 20
 
 // An order is what the parent tells its child.
 type order struct {
@@ -28,7 +28,7 @@ type order struct {
 	Kill     bool    `json:"kill,omitempty"`     // stop at once
 
 	// Problems is all that the parent knows to be wrong, by what it is about, for /health; nil: as before.
-	Problems map[string]string `json:"problems,omitempty"`
+	Problems map[string]string `json:"problems,omitzero"`
 	// Execs is how the background processes are doing, for /health; nil: as before.
 	Execs []execHealth `json:"execs,omitzero"`
 }
@@ -72,4 +72,12 @@ func (r lineReader) next(message any) error {
 		return fmt.Errorf("read line of the other process: %w", err)
 	}
 	return nil
+}
+
+// signalOnce notes a wish that is open already if it is not taken yet.
+func signalOnce(wish chan<- struct{}) {
+	select {
+	case wish <- struct{}{}:
+	default:
+	}
 }

@@ -62,11 +62,14 @@ jobs:
 		pid := a.childPID()
 		server.publish(t, "p1.restart", "now")
 		waitFor(t, 30*time.Second, func() string {
-			if a.childPID() == pid || a.health().Status != "ok" {
+			if !strings.Contains(a.log.String(), "configuration taken up") || a.health().Status != "ok" {
 				return "the new configuration is not taken up\n" + a.log.String()
 			}
 			return ""
 		})
+		if a.childPID() != pid {
+			t.Error("the worker was started anew for it")
+		}
 		kind.publish(t, server, "late", "m-4", `{}`)
 		events.finish(t, "m-4")
 

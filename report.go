@@ -36,6 +36,7 @@ type reporter struct {
 	unsent []outgoing
 	bytes  int
 	closed bool
+	heir   *reporter // sends what comes from now on; nil: this one does
 
 	wake chan struct{} // something is unsent
 	done chan struct{} // closed when the sender has ended
@@ -66,7 +67,7 @@ func (r *reporter) handle(e event) {
 		r.enqueue(e.TaskID+"_who", []byte(r.hostID), "")
 	case taskOutput:
 		r.mu.Lock()
-		for r.bytes > maxUnsentBytes && !r.closed {
+		for r.bytes > maxUnsentBytes && !r.closed && r.heir == nil {
 			r.room.Wait()
 		}
 		r.mu.Unlock()
@@ -89,6 +90,11 @@ func (r *reporter) handle(e event) {
 // enqueue lets a message wait to be sent; settles is the task that it settles, if any.
 func (r *reporter) enqueue(subject string, data []byte, settles string) {
 	r.mu.Lock()
+	if heir := r.heir; heir != nil {
+		r.mu.Unlock()
+		heir.enqueue(subject, data, settles)
+		return
+	}
 	r.unsent = append(r.unsent, outgoing{Message{Subject: subject, Data: data}, settles})
 	r.bytes += len(data)
 	r.mu.Unlock()
@@ -113,10 +119,14 @@ func (r *reporter) send(ctx context.Context) {
 		r.mu.Unlock()
 		for len(batch) > 0 {
 			next := batch[:min(len(batch), maxBatch)]
-			if !r.deliver(ctx, next) {
+			sent := r.deliver(ctx, next)
+			batch = batch[sent:]
+			if sent < len(next) {
+				r.mu.Lock()
+				r.unsent = append(batch, r.unsent...)
+				r.mu.Unlock()
 				return
 			}
-			batch = batch[len(next):]
 		}
 		if r.idle() {
 			if ended {
@@ -137,9 +147,9 @@ func (r *reporter) idle() bool {
 	return len(r.unsent) == 0
 }
 
-// deliver sends a batch, what has not arrived again and again with jittered pauses of up to 5 s. It is false when ctx
-// ended before.
-func (r *reporter) deliver(ctx context.Context, batch []outgoing) bool {
+// deliver sends a batch, what has not arrived again and again with jittered pauses of up to 5 s. It returns how many
+// have arrived: fewer than all only when ctx ended before.
+func (r *reporter) deliver(ctx context.Context, batch []outgoing) (arrived int) {
 	pause := minReportPause
 	for {
 		messages := make([]Message, len(batch))
@@ -148,8 +158,9 @@ func (r *reporter) deliver(ctx context.Context, batch []outgoing) bool {
 		}
 		sent, err := r.broker.Publish(ctx, messages...)
 		r.arrived(batch[:sent])
+		arrived += sent
 		if batch = batch[sent:]; len(batch) == 0 {
-			return true
+			return arrived
 		}
 		if sent > 0 {
 			pause = minReportPause
@@ -158,7 +169,7 @@ func (r *reporter) deliver(ctx context.Context, batch []outgoing) bool {
 		select {
 		case <-time.After(pause/2 + rand.N(pause/2)):
 		case <-ctx.Done():
-			return false
+			return arrived
 		}
 		pause = min(2*pause, maxReportPause)
 	}
@@ -176,6 +187,19 @@ func (r *reporter) arrived(sent []outgoing) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.bytes -= bytes
+	r.room.Broadcast()
+}
+
+// handOver lets another reporter send what is unsent here, and all that comes from now on.
+func (r *reporter) handOver(heir *reporter) {
+	r.quit()
+	<-r.done
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, m := range r.unsent {
+		heir.enqueue(m.Subject, m.Data, m.settles)
+	}
+	r.unsent, r.bytes, r.heir = nil, 0, heir
 	r.room.Broadcast()
 }
 

@@ -21,7 +21,8 @@ func (w *worker) watchResources(ctx context.Context) {
 	ticker := time.NewTicker(resourcePause)
 	defer ticker.Stop()
 	for paused := false; ; {
-		short := shortage(w.cfg.TakeWhen, w.cfg.DataDir)
+		cfg := w.config()
+		short := shortage(cfg.TakeWhen, cfg.DataDir)
 		w.setProblem("resources", short)
 		w.setProblem("records", w.records.mend())
 		if short == "" {

@@ -110,11 +110,12 @@ func runTask(ctx context.Context, inv *invocation, cfg *Config, job *Job, data j
 		}
 	})
 
-	w, err := newWorker(&alone, reachableURL(listener.Addr()), recs, bus, log)
+	w, err := newWorker(&alone, reachableURL(listener.Addr()), recs, bus, workerOrders{}, log)
 	if err != nil {
 		return none, err
 	}
-	api := newAPIServer(apiConfigOf(&alone), w, recs, bus, log)
+	api := newAPIServer(apiConfigOf(&alone), w, bus, log)
+	api.serveRecords(recs)
 	served := make(chan error, 1)
 	go func() { served <- api.serve(listener) }() // ends at api.shutdown
 	defer func() {

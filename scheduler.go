@@ -47,11 +47,33 @@ func (s *scheduler) setLimit(event string, limit int) {
 	s.fill()
 }
 
+// setSlots changes how many tasks run at once, all jobs together.
+func (s *scheduler) setSlots(n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.slots = n
+	s.fill()
+}
+
+// forgetLane drops the lane of a job that is no longer configured, if it is not in use.
+func (s *scheduler) forgetLane(event string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if l := s.lanes[event]; l != nil {
+		if l.limit = 0; l.running == 0 && !l.queued {
+			delete(s.lanes, event)
+		}
+	}
+}
+
 // limit is how many tasks of one job run at once.
 func (s *scheduler) limit(event string) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.lane(event).limit
+	if l := s.lanes[event]; l != nil {
+		return l.limit
+	}
+	return 0
 }
 
 // add lets a task wait for its slot.

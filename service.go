@@ -21,16 +21,17 @@ func apiConfigOf(cfg *Config) apiConfig {
 
 // create sends a new task to the broker, or to the journal where there is none. It returns when the task is safe there.
 func (w *worker) create(ctx context.Context, appID, event string, formBody json.RawMessage) (string, error) {
-	if appID == "" || appID == w.cfg.Credential.ProjectID { // the manager may give the project another id in subjects
-		appID = w.cfg.Project
-	}
 	w.mu.Lock()
 	starting := w.state == stateStarting
+	l, now := w.link, w.setup.Load()
 	w.mu.Unlock()
+	if appID == "" || appID == now.cfg.Credential.ProjectID { // the manager may give the project another id in subjects
+		appID = l.project
+	}
 	if starting {
 		return "", errStarting
 	}
-	if w.isLocal() && (appID != w.cfg.Project || w.jobs[event] == nil) {
+	if runner := now.jobs[event]; l.isLocal() && (appID != l.project || runner == nil || runner.removed) {
 		return "", fmt.Errorf("create task: %w: app_id %.140q, event %.140q", errUnknownEvent, appID, event)
 	}
 	id := newTaskID()
@@ -42,12 +43,12 @@ func (w *worker) create(ctx context.Context, appID, event string, formBody json.
 		return "", tooLarge("create task", maxMessageBytes)
 	}
 	away := errJournalAway
-	if !w.isLocal() {
+	if !l.isLocal() {
 		away = errBrokerAway
-		w.follower.follow(id, event, w.nameOf(event))
+		l.follower.follow(id, event, w.nameOf(event))
 	}
-	if _, err := w.broker.Publish(ctx, Message{Subject: appID + "." + event, Data: body, Task: true}); err != nil {
-		w.follower.drop(id)
+	if _, err := l.broker.Publish(ctx, Message{Subject: appID + "." + event, Data: body, Task: true}); err != nil {
+		l.follower.drop(id)
 		return "", fmt.Errorf("create task: %w: %w", away, err)
 	}
 	return id, nil
@@ -59,9 +60,9 @@ func (w *worker) terminate(ctx context.Context, id string) error {
 	t := w.known[id]
 	ended := t != nil && t.status.final()
 	w.mu.Unlock()
-	if t == nil && w.follower.follows(id) {
+	if l := w.following(id); t == nil && l != nil {
 		order := fmt.Appendf(nil, `{"task_id":%q,"action":"terminate"}`, id)
-		if _, err := w.broker.Publish(ctx, Message{Subject: id + "_worker", Data: order}); err != nil {
+		if _, err := l.broker.Publish(ctx, Message{Subject: id + "_worker", Data: order}); err != nil {
 			return fmt.Errorf("terminate task %q: %w: %w", id, errBrokerAway, err)
 		}
 		return nil
@@ -91,14 +92,28 @@ func (w *worker) record(id string) (record, bool) {
 		return kept, true
 	}
 	w.mu.Lock()
-	defer w.mu.Unlock()
-	if t := w.known[id]; t != nil {
+	t := w.known[id]
+	w.mu.Unlock()
+	if t != nil {
 		return w.queuedRecord(t), true
 	}
-	return w.follower.record(id)
+	if l := w.following(id); l != nil {
+		return l.follower.record(id)
+	}
+	return record{}, false
 }
 
-// queuedRecord describes a task that has not been started here. w.mu is held.
+// following is the link that follows a task which runs elsewhere, nil if there is none.
+func (w *worker) following(id string) *brokerLink {
+	for _, l := range w.openLinks() {
+		if l.follower.follows(id) {
+			return l
+		}
+	}
+	return nil
+}
+
+// queuedRecord describes a task that has not been started here.
 func (w *worker) queuedRecord(t *task) record {
 	return record{
 		TaskID: t.id, Event: t.event, Name: w.nameOf(t.event), Status: statusQueued, CreatedAt: &t.createdAt,
@@ -122,9 +137,11 @@ func (w *worker) list(f recordFilter) []record {
 		}
 	}
 	w.mu.Unlock()
-	for _, r := range w.follower.waiting() {
-		if !listed[r.TaskID] && (f.event == "" || f.event == r.Event) {
-			found = append(found, r)
+	for _, l := range w.openLinks() {
+		for _, r := range l.follower.waiting() {
+			if !listed[r.TaskID] && (f.event == "" || f.event == r.Event) {
+				found = append(found, r)
+			}
 		}
 	}
 	slices.SortStableFunc(found, func(a, b record) int { return b.CreatedAt.Compare(*a.CreatedAt) })
@@ -150,7 +167,11 @@ func (w *worker) health() healthReport {
 	w.mu.Lock()
 	state := w.state
 	problems := maps.Clone(w.problems)
-	brokerErr, brokerSince := w.brokerErr, w.brokerSince
+	l := w.link
+	brokerErr, brokerSince := l.err, l.since
+	if p := w.pending; p != nil && p.err != nil {
+		problems["broker"] = fmt.Sprintf("the new broker is not used yet: %v", p.err)
+	}
 	queued := 0
 	for _, t := range w.known {
 		if t.status == statusQueued {
@@ -183,9 +204,9 @@ func (w *worker) health() healthReport {
 		}
 	}
 	report := healthReport{
-		Status: status, Problems: []string{}, IdentityID: w.cfg.IdentityID, Version: version,
+		Status: status, Problems: []string{}, IdentityID: l.identity, Version: version,
 		UptimeS: int64(time.Since(w.started).Seconds()),
-		Broker:  brokerHealth{Type: w.cfg.Broker.Type, Connected: brokerErr == nil, Since: &brokerSince},
+		Broker:  brokerHealth{Type: l.config.Type, Connected: brokerErr == nil, Since: &brokerSince},
 		Jobs: jobCounts{
 			Running: w.runningTasks.Load(), Queued: int64(queued),
 			Finish: w.ended[0].Load(), Error: w.ended[1].Load(), Timeout: w.ended[2].Load(), Terminate: w.ended[3].Load(),

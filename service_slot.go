@@ -6,30 +6,30 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"fmt"
+	"maps"
+	"slices"
 	"sync/atomic"
 	"time"
 )
 
-// A serviceSlot is a taskService that says "starting" until it is filled with the real one.
+// A serviceSlot is a taskService that says "starting" until it is filled with the real one. To the health of either it
+// adds what the parent knows.
 type serviceSlot struct {
 	cfg     *Config
 	started time.Time
 
-	filled  atomic.Pointer[worker]
-	problem atomic.Pointer[string] // why there is no worker; nil: the manager is waited for
-	manager atomic.Pointer[string] // why the manager could not be asked; nil or empty: nothing is wrong
+	filled   atomic.Pointer[worker]
+	problem  atomic.Pointer[string]            // why there is no worker; nil: the manager is waited for
+	problems atomic.Pointer[map[string]string] // of the parent, by what they are about; nil: none
+	execs    atomic.Pointer[[]execHealth]      // the background processes; nil: none
 }
 
 var _ taskService = (*serviceSlot)(nil)
 
 func newServiceSlot(cfg *Config) *serviceSlot { return &serviceSlot{cfg: cfg, started: time.Now()} }
 
-func (s *serviceSlot) fill(w *worker) {
-	s.filled.Store(w)
-	if problem := s.manager.Load(); problem != nil {
-		w.setProblem("manager", *problem)
-	}
-}
+func (s *serviceSlot) fill(w *worker) { s.filled.Store(w) }
 
 // explain says why there is no worker yet.
 func (s *serviceSlot) explain(err error) {
@@ -37,11 +37,13 @@ func (s *serviceSlot) explain(err error) {
 	s.problem.Store(&text)
 }
 
-// noteManager says why the manager could not be asked, or takes that back.
-func (s *serviceSlot) noteManager(problem string) {
-	s.manager.Store(&problem)
-	if w := s.filled.Load(); w != nil {
-		w.setProblem("manager", problem)
+// hear notes what the parent says of itself and of the background processes.
+func (s *serviceSlot) hear(o order) {
+	if o.Problems != nil {
+		s.problems.Store(&o.Problems)
+	}
+	if o.Execs != nil {
+		s.execs.Store(&o.Execs)
 	}
 }
 
@@ -81,16 +83,19 @@ func (s *serviceSlot) list(f recordFilter) []record {
 }
 
 func (s *serviceSlot) health() healthReport {
-	if w := s.filled.Load(); w != nil {
-		return w.health()
+	w := s.filled.Load()
+	if w == nil {
+		return s.withParent(s.starting())
 	}
+	return s.withParent(w.health())
+}
+
+// starting is the health while there is no worker.
+func (s *serviceSlot) starting() healthReport {
 	problems := []string{}
-	for _, known := range []*string{s.problem.Load(), s.manager.Load()} {
-		if known != nil && *known != "" {
-			problems = append(problems, *known)
-		}
-	}
-	if len(problems) == 0 && s.cfg.EndPoint != "" {
+	if known := s.problem.Load(); known != nil {
+		problems = append(problems, *known)
+	} else if s.cfg.EndPoint != "" {
 		problems = append(problems, "the Job Manager at "+s.cfg.EndPoint+" has not answered yet")
 	}
 	status := healthStarting
@@ -102,4 +107,26 @@ func (s *serviceSlot) health() healthReport {
 		IdentityID: s.cfg.IdentityID, Version: version, UptimeS: int64(time.Since(s.started).Seconds()),
 		Broker: brokerHealth{Type: s.cfg.Broker.Type, Since: &s.started}, Execs: []execHealth{},
 	}
+}
+
+// withParent adds what the parent knows.
+func (s *serviceSlot) withParent(report healthReport) healthReport {
+	before := len(report.Problems)
+	if problems := s.problems.Load(); problems != nil {
+		for _, about := range slices.Sorted(maps.Keys(*problems)) {
+			report.Problems = append(report.Problems, (*problems)[about])
+		}
+	}
+	if execs := s.execs.Load(); execs != nil {
+		report.Execs = *execs
+		for _, e := range *execs {
+			if e.State == execFailed {
+				report.Problems = append(report.Problems, fmt.Sprintf("background process %q has been given up", e.Key))
+			}
+		}
+	}
+	if len(report.Problems) > before && report.Status == healthOK {
+		report.Status = healthDegraded
+	}
+	return report
 }

@@ -1,8 +1,8 @@
 package main
 
-// supervisor.go is the parent: it holds the listening socket and the configuration, starts the worker as its child and
-// starts it again when it dies, and passes the signals on. It is small so that it is hard to break, and knows nothing
-// of brokers, tasks or HTTP.
+// supervisor.go is the parent: it holds the listening socket and the configuration, keeps the worker and the background
+// processes running, each as a child of its own, hands changed configurations down and passes signals on. It is small so
+// that it is hard to break, and knows nothing of brokers, tasks or HTTP.
 
 import (
 	"context"
@@ -10,27 +10,31 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
-	"os/exec"
 	"os/signal"
+	"sync"
 	"syscall"
 	"time"
 )
 
 const (
-	minRestartPause = 100 * time.Millisecond
-	maxRestartPause = 30 * time.Second
-	steadyAfter     = time.Minute // a child that lived so long is restarted without a long pause
-
 	// stopMargin is what a child gets beyond drain timeout and kill grace, to report and to write.
 	stopMargin = 15 * time.Second
 
-	// killMargin is what a child gets to end its tasks' processes after a second signal.
+	// killMargin is what a child gets to end its processes after a second signal.
 	killMargin = 3 * time.Second
 
 	// bindPatience is how long a taken port is waited for: a worker whose parent died closes it at once, but not sooner.
 	bindPatience = 3 * time.Second
+
+	// silenceLimit is how long a child may go without a sign of progress before it is killed and started again. A disk
+	// that hangs for seconds must not be taken for a child that does.
+	silenceLimit = time.Minute
+
+	minSilence    = 5 * alivePause // not less than that, whatever the service manager's watchdog wants
+	livenessPause = time.Second    // between two looks at it
 )
 
 // runParent is job_item without a command.
@@ -46,18 +50,12 @@ func runParent(ctx context.Context, inv *invocation) int {
 		}
 		return exitOK
 	}
-	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer signal.Stop(signals)
 
-	s := &supervisor{cfg: cfg, log: newLogger(inv.stderr, cfg), stderr: inv.stderr}
-	for _, warning := range cfg.Warnings {
-		s.log.Warn("configuration", "err", warning)
-	}
-	if len(cfg.Execs) > 0 {
-		s.log.Warn("configuration", "err", "execs are configured, but this version does not start them")
-	}
-	if err := s.openSocket(); err != nil {
+	s := newSupervisor(cfg, newLogger(inv.stderr, cfg), inv.stderr)
+	if err := s.openSocket(cfg.Listen); err != nil {
 		inv.printError(err)
 		return exitFailed
 	}
@@ -65,27 +63,68 @@ func runParent(ctx context.Context, inv *invocation) int {
 	return s.supervise(ctx, signals)
 }
 
-// A supervisor keeps one worker process running.
+// A supervisor keeps the children running.
 type supervisor struct {
-	cfg    *Config
-	log    *slog.Logger
-	stderr io.Writer
-	socket *os.File // the listening socket that the children inherit; nil where that is impossible
+	cfg      *Config // the last one that was handed down, or as it was at the start
+	complete bool    // the manager has completed it, if there is one
+	log      *slog.Logger
+	stderr   io.Writer
+	socket   *os.File // the listening socket that the worker inherits; nil where that is impossible
+	system   *serviceNotifier
+	reaper   *reaper
+	source   *configSource
+
+	worker, execs keptChild
+	events        chan childEvent
+	watching      sync.WaitGroup
+
+	problems   map[string]string // what is wrong here, by what it is about
+	execStates []execHealth      // what the execs child said last
+
+	refused  string // why the last configuration was not taken up; "": it was
+	told     bool   // the service manager knows that we are ready
+	stopping bool
+	killed   bool
+	failed   bool             // the exit code is to say so
+	quiet    time.Duration    // since a worker last said that it makes progress
+	execsBy  <-chan time.Time // when the background processes are ended although the worker has not ended yet
 }
 
-// openSocket opens the port once for all children to come.
-func (s *supervisor) openSocket() error {
+func newSupervisor(cfg *Config, log *slog.Logger, stderr io.Writer) *supervisor {
+	s := &supervisor{
+		cfg: cfg, log: log, stderr: stderr, reaper: newReaper(log), events: make(chan childEvent),
+		worker:     keptChild{name: "worker process", command: "child_process", pause: minRestartPause},
+		execs:      keptChild{name: "process of the execs", command: "child_execs_process", pause: minRestartPause},
+		problems:   map[string]string{},
+		execStates: []execHealth{},
+	}
+	var err error
+	if s.system, err = newServiceNotifier(os.LookupEnv, os.Getpid()); err != nil {
+		log.Warn("the service manager is not told anything", errAttrs(err))
+	}
+	if err := becomeSubreaper(); err != nil {
+		log.Debug("orphans of a dead worker are left to init", "err", err)
+	}
+	s.source = newConfigSource(cfg, os.LookupEnv, log)
+	return s
+}
+
+// openSocket opens the port once for all workers to come.
+func (s *supervisor) openSocket(address string) error {
 	if !socketInherits {
 		return nil
 	}
-	listener, err := listen(s.cfg.Listen)
+	listener, err := listen(address)
 	if err != nil {
 		return err
 	}
 	defer listener.Close() // the duplicate stays open
-	if s.socket, err = listener.File(); err != nil {
-		return fail(codeSocket, fmt.Sprintf("keep socket on %s", s.cfg.Listen), err)
+	socket, err := listener.File()
+	if err != nil {
+		return fail(codeSocket, fmt.Sprintf("keep socket on %s", address), err)
 	}
+	s.closeSocket()
+	s.socket = socket
 	return nil
 }
 
@@ -111,188 +150,287 @@ func listen(address string) (*net.TCPListener, error) {
 	}
 }
 
-// supervise runs one worker after another until a signal comes or the manager wants this worker to stop. A changed
-// configuration lets the worker drain, and the next one starts with it.
+// supervise runs the children until a signal comes, or one of them asks for the end of all. It returns the exit code.
 func (s *supervisor) supervise(ctx context.Context, signals <-chan os.Signal) int {
-	ctx, stopAsking := context.WithCancel(ctx)
-	defer stopAsking()
-	config, complete := s.cfg, true
-	var updates <-chan configUpdate
-	askAgain := func() {}
-	if s.cfg.EndPoint != "" {
-		source := newConfigSource(s.cfg, os.LookupEnv, s.log)
-		asked := make(chan struct{})
-		go func() { // ends with ctx
-			defer close(asked)
-			source.run(ctx)
-		}()
-		defer func() {
-			stopAsking()
-			<-asked
-		}()
-		complete, updates, askAgain = false, source.updates, source.askAgain
-	}
+	ctx, stop := context.WithCancel(ctx)
+	var owned sync.WaitGroup
+	defer owned.Wait()
+	defer stop()
+	owned.Add(2)
+	go func() { // ends with ctx
+		defer owned.Done()
+		s.reaper.run(ctx)
+	}()
+	go func() { // ends with ctx
+		defer owned.Done()
+		s.source.run(ctx)
+	}()
+	defer s.watching.Wait()
 
-	problem := ""
-	pause := minRestartPause
-	for {
-		began := time.Now()
-		renewing := false
-		child, err := s.startChild(config, complete)
-		if err == nil && problem != "" {
-			child.tell(order{Problems: map[string]string{"manager": problem}})
+	s.complete = s.cfg.EndPoint == ""
+	s.startWorker()
+	s.keepExecs()
+	look := livenessPause
+	if watchdog := s.system.watchdog(); watchdog > 0 {
+		look = min(look, watchdog/2)
+	}
+	liveness := time.NewTicker(look)
+	defer liveness.Stop()
+	for !s.stopping || s.worker.runs() || s.execs.runs() {
+		select {
+		case e := <-s.events:
+			s.childEvent(e)
+		case update := <-s.source.updates:
+			s.update(update)
+		case sig := <-signals:
+			s.signal(sig)
+		case <-liveness.C:
+			s.checkLiveness(look)
+		case <-s.worker.due:
+			s.startWorker()
+		case <-s.execs.due:
+			s.keepExecs()
+		case <-s.execsBy:
+			s.drainExecs()
+		case <-s.worker.endBy:
+			s.overdue(&s.worker)
+		case <-s.execs.endBy:
+			s.overdue(&s.execs)
 		}
-		for err == nil {
-			select {
-			case <-child.exited:
-				if err = child.err; renewing {
-					err = errNewConfig
-				}
-			case sig := <-signals:
-				return s.stop(child, sig.String(), signals)
-			case <-child.shutdown:
-				return s.stop(child, "asked for by the manager", signals)
-			case <-child.reload:
-				askAgain()
-			case update := <-updates:
-				problem = update.problems["manager"]
-				child.tell(order{Problems: map[string]string{"manager": problem}})
-				if update.config == nil {
-					continue
-				}
-				config = update.config
-				if !complete {
-					complete = true
-					child.tell(order{Config: config})
-					continue
-				}
-				s.log.Info("configuration has changed, the worker starts anew with it")
-				renewing = true
-				child.tell(order{Drain: true})
+	}
+	s.log.Info("stopped")
+	if s.failed {
+		return exitFailed
+	}
+	return exitOK
+}
+
+// startWorker starts the worker with what is known now.
+func (s *supervisor) startWorker() {
+	s.worker.start(s, order{
+		Config: s.cfg, Pending: !s.complete, Listener: s.socket != nil, Problems: s.problems, Execs: s.execStates,
+	})
+}
+
+// keepExecs starts the background processes' child if there are any and it does not run.
+func (s *supervisor) keepExecs() {
+	s.execs.due = nil
+	if len(s.cfg.Execs) > 0 && !s.execs.runs() {
+		s.execs.start(s, order{Config: s.cfg})
+	}
+}
+
+// childEvent follows what a child says.
+func (s *supervisor) childEvent(e childEvent) {
+	child := &s.worker
+	if e.from == s.execs.process {
+		child = &s.execs
+	}
+	switch {
+	case e.ended && child == &s.worker:
+		s.workerEnded(e.err)
+	case e.ended:
+		s.execsEnded(e.err)
+	}
+	said := e.notice
+	if said.Alive {
+		child.silent = 0
+	}
+	if said.Ready {
+		s.log.Debug("worker process is ready", "pid", e.from.cmd.Process.Pid)
+	}
+	if said.Alive && child == &s.worker {
+		if s.quiet = 0; !s.told && !s.stopping {
+			s.told = true
+			s.tellSystem(s.system.ready("working"))
+		}
+	}
+	if said.Execs != nil {
+		s.setExecStates(said.Execs)
+	}
+	if said.Reload {
+		s.source.askAgain()
+	}
+	if said.Shutdown && !s.stopping {
+		s.failed = s.failed || said.Failed
+		reason := "asked for by the manager"
+		if child == &s.execs {
+			reason = "a background process with cascade_exit has ended"
+		}
+		s.stop(reason)
+	}
+}
+
+func (s *supervisor) workerEnded(err error) {
+	restart := s.worker.ending && !s.stopping // for a new port or folder
+	s.worker.ended(s, err)
+	switch {
+	case restart:
+		s.startWorker()
+	case s.stopping:
+		s.worker.due = nil
+		s.drainExecs()
+	}
+}
+
+func (s *supervisor) execsEnded(err error) {
+	s.execs.ended(s, err)
+	if s.stopping {
+		s.execs.due = nil
+		return
+	}
+	states := []execHealth{}
+	for _, e := range s.execStates {
+		if e.PID = 0; e.State == execRunning {
+			e.State = execPausing
+		}
+		states = append(states, e)
+	}
+	if len(s.cfg.Execs) == 0 {
+		s.execs.due, states = nil, []execHealth{}
+	} else if s.execs.due == nil {
+		s.keepExecs() // it was ended for want of background processes, and there are some again
+	}
+	s.setExecStates(states)
+}
+
+func (s *supervisor) setExecStates(states []execHealth) {
+	s.execStates = states
+	s.worker.tell(s, order{Execs: states})
+}
+
+// update takes up what the configuration has become.
+func (s *supervisor) update(u configUpdate) {
+	if s.stopping {
+		return
+	}
+	if u.config != nil {
+		if err := s.moveSocket(u.config.Listen); err != nil {
+			s.log.Error("configuration not taken up, the one before stays", errAttrs(err))
+			s.refused, u.config = err.Error(), nil
+		} else {
+			s.refused = ""
+		}
+	} else if u.answered && len(u.problems) == 0 {
+		s.log.Info("the configuration has not changed")
+	}
+	if s.problems = maps.Clone(u.problems); s.refused != "" {
+		s.problems["listen"] = s.refused
+	}
+	s.worker.tell(s, order{Problems: s.problems})
+	if u.config != nil {
+		s.handDown(u.config)
+	}
+	if u.answered {
+		s.tellSystem(s.system.ready("working"))
+	}
+}
+
+// handDown lets the children take up a configuration.
+func (s *supervisor) handDown(cfg *Config) {
+	before, wasComplete := s.cfg, s.complete
+	s.cfg, s.complete = cfg, true
+	moved := before.Listen != s.cfg.Listen || before.DataDir != s.cfg.DataDir
+	switch {
+	case !s.worker.runs(), s.worker.ending: // the next one starts with it
+	case moved && wasComplete:
+		s.log.Info("listen or data_dir has changed, the worker drains and starts anew")
+		s.worker.drain(s, before.DrainTimeout+before.KillAfter+stopMargin)
+	default:
+		s.worker.tell(s, order{Config: s.cfg})
+	}
+	if len(s.cfg.Execs) == 0 {
+		s.drainExecs()
+	} else {
+		s.execs.tell(s, order{Config: s.cfg})
+		if s.execs.due == nil {
+			s.keepExecs()
+		}
+	}
+}
+
+// moveSocket opens another port, if it is another.
+func (s *supervisor) moveSocket(address string) error {
+	if address == s.cfg.Listen {
+		return nil
+	}
+	return s.openSocket(address)
+}
+
+// signal follows the service manager, or whoever sits at the terminal.
+func (s *supervisor) signal(sig os.Signal) {
+	switch {
+	case sig == syscall.SIGHUP:
+		s.log.Info("the configuration is to be read again", "reason", sig.String())
+		s.tellSystem(s.system.reloading())
+		s.source.askAgain()
+	case !s.stopping:
+		s.stop(sig.String())
+	case !s.killed:
+		s.killed = true
+		s.log.Warn("stopping at once", "reason", sig.String())
+		for _, child := range []*keptChild{&s.worker, &s.execs} {
+			child.tell(s, order{Kill: true, Drain: true})
+			if child.runs() {
+				child.ending, child.endBy = true, time.After(killMargin)
 			}
 		}
-		if errors.Is(err, errNewConfig) {
+	}
+}
+
+// stop lets the children drain: the worker first, since its tasks may need what the background processes do, but these
+// no later than what makes everything end within drain_timeout and kill_after.
+func (s *supervisor) stop(reason string) {
+	s.stopping = true
+	s.log.Info("stopping", "reason", reason)
+	s.tellSystem(s.system.stopping())
+	s.worker.due, s.execs.due = nil, nil
+	s.execsBy = time.After(s.cfg.DrainTimeout)
+	s.worker.drain(s, s.cfg.DrainTimeout+s.cfg.KillAfter+stopMargin)
+	if !s.worker.runs() {
+		s.drainExecs()
+	}
+}
+
+func (s *supervisor) drainExecs() {
+	s.execsBy = nil
+	s.execs.drain(s, s.cfg.KillAfter+stopMargin)
+}
+
+// overdue kills a child that was told to end and has not.
+func (s *supervisor) overdue(child *keptChild) {
+	s.log.Error(child.name+" did not end in time, killing it", "pid", child.process.cmd.Process.Pid)
+	s.failed = s.failed || s.stopping
+	child.kill()
+}
+
+// checkLiveness kills a child that has made no progress for too long, and tells the service manager that the parent does
+// what it can: not any more when the worker stays silent although it was started again. Time is counted in looks, so that
+// a host that was asleep finds its children no later than it left them.
+func (s *supervisor) checkLiveness(look time.Duration) {
+	limit := silenceLimit
+	if watchdog := s.system.watchdog(); watchdog > 0 {
+		limit = min(limit, max(watchdog/2, minSilence))
+	}
+	for _, child := range []*keptChild{&s.worker, &s.execs} {
+		if !child.runs() || child.ending {
 			continue
 		}
-		if time.Since(began) > steadyAfter {
-			pause = minRestartPause
+		if child.silent += look; child.silent >= limit {
+			child.silent = 0
+			s.log.Error(child.name+" makes no progress, killing it",
+				errAttrs(fail(codeChildSilent, child.name, fmt.Errorf("no sign of progress for %v", limit))))
+			child.kill()
 		}
-		s.log.Error("worker process ended, starting it again",
-			errAttrs(fail(codeChild, "worker process", err)), "pause", pause.String())
-		select {
-		case <-time.After(pause):
-		case <-signals:
-			return exitOK
-		}
-		pause = min(2*pause, maxRestartPause)
+	}
+	if s.quiet += look; s.quiet < 2*limit || s.stopping {
+		s.tellSystem(s.system.alive())
 	}
 }
 
-// errNewConfig is why a worker that did nothing wrong is started anew.
-var errNewConfig = errors.New("the configuration has changed")
-
-// stop lets the child drain; a second signal, or too long a wait, ends it.
-func (s *supervisor) stop(child *childProcess, reason string, signals <-chan os.Signal) int {
-	s.log.Info("stopping", "reason", reason)
-	child.tell(order{Drain: true})
-	patience := time.After(s.cfg.DrainTimeout + s.cfg.KillAfter + stopMargin)
-	killed := false
-	for {
-		select {
-		case <-child.exited:
-			s.log.Info("stopped")
-			return exitOK
-		case sig := <-signals:
-			if !killed {
-				killed = true
-				s.log.Warn("stopping at once", "reason", sig.String())
-				child.tell(order{Kill: true})
-				patience = time.After(killMargin)
-			}
-		case <-patience:
-			s.log.Error("worker process did not end in time, killing it", "pid", child.cmd.Process.Pid)
-			child.cmd.Process.Kill()
-			<-child.exited
-			return exitFailed
-		}
-	}
-}
-
-// A childProcess is a running child: its orders go down, and exited is closed once it is gone, with err set.
-type childProcess struct {
-	cmd    *exec.Cmd
-	orders io.WriteCloser
-	exited chan struct{}
-	err    error
-	log    *slog.Logger
-
-	reload, shutdown chan struct{} // the manager's wishes, which reach the worker first
-}
-
-// startChild starts a worker process and gives it the configuration, complete or not, and the socket.
-func (s *supervisor) startChild(config *Config, complete bool) (*childProcess, error) {
-	self, err := os.Executable()
+// tellSystem notes that the service manager could not be told something.
+func (s *supervisor) tellSystem(err error) {
 	if err != nil {
-		return nil, fmt.Errorf("find the program file: %w", err)
-	}
-	cmd := exec.Command(self, "child_process", "--config", s.cfg.File, "--supervised")
-	cmd.Stderr = s.stderr
-	if s.socket != nil {
-		cmd.ExtraFiles = []*os.File{s.socket}
-	}
-	orders, err := cmd.StdinPipe()
-	if err != nil {
-		return nil, err
-	}
-	notices, err := cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	if err := cmd.Start(); err != nil {
-		return nil, fmt.Errorf("start worker process: %w", err)
-	}
-	child := &childProcess{cmd: cmd, orders: orders, exited: make(chan struct{}), log: s.log,
-		reload: make(chan struct{}, 1), shutdown: make(chan struct{}, 1)}
-	go child.watch(notices) // ends when the child has
-	child.tell(order{Config: config, Pending: !complete, Listener: s.socket != nil})
-	return child, nil
-}
-
-// watch reads what the child says until it is gone.
-func (c *childProcess) watch(notices io.Reader) {
-	reader := newLineReader(notices)
-	for {
-		var said notice
-		if reader.next(&said) != nil {
-			break
-		}
-		if said.Ready {
-			c.log.Debug("worker process is ready", "pid", c.cmd.Process.Pid)
-		}
-		if said.Reload {
-			signalOnce(c.reload)
-		}
-		if said.Shutdown {
-			signalOnce(c.shutdown)
-		}
-	}
-	if c.err = c.cmd.Wait(); c.err == nil {
-		c.err = errors.New("it ended by itself")
-	}
-	close(c.exited)
-}
-
-// signalOnce notes a wish that is open already if it is not taken yet.
-func signalOnce(wish chan<- struct{}) {
-	select {
-	case wish <- struct{}{}:
-	default:
-	}
-}
-
-// tell gives the child an order. One that cannot be told is ending, which watch sees.
-func (c *childProcess) tell(o order) {
-	if err := writeLine(c.orders, o); err != nil {
-		c.log.Debug("order not taken by worker process", errAttrs(err))
+		s.log.Debug("service manager not told", errAttrs(err))
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -41,7 +42,8 @@ type task struct {
 	failures int // runs that failed, for the retries
 
 	// Guarded by worker.mu.
-	delivery  *Delivery // what to settle in the end; nil where the journal alone answers
+	link      *brokerLink // where its story is told; nil once it is over
+	delivery  *Delivery   // what to settle in the end; nil where the journal alone answers
 	status    taskStatus
 	pid       int
 	startedAt time.Time
@@ -59,6 +61,15 @@ type jobRunner struct {
 	job      *Job
 	template *commandTemplate
 	env      []string
+	removed  bool // no longer configured, and kept for its last tasks
+}
+
+// wasRemoved reports whether the job is kept only for its last tasks.
+func (r *jobRunner) wasRemoved() bool { return r != nil && r.removed }
+
+// same reports whether a task would run the same way in both.
+func (r *jobRunner) same(other *jobRunner) bool {
+	return reflect.DeepEqual(r.job, other.job) && slices.Equal(r.env, other.env)
 }
 
 func newJobRunner(cfg *Config, job *Job, baseURL string) (*jobRunner, error) {
@@ -143,7 +154,7 @@ func (w *worker) startTask(t *task) {
 // attemptTask runs a task once. putBack says that it did not end by itself and no one asked for its end: it is to run
 // again, here or elsewhere.
 func (w *worker) attemptTask(t *task) (a attempt, putBack bool) {
-	runner := w.jobs[t.event]
+	with := w.setup.Load() // all through this attempt
 	ctx, stop := context.WithCancelCause(w.ctx)
 	defer stop(nil)
 	w.mu.Lock()
@@ -159,12 +170,12 @@ func (w *worker) attemptTask(t *task) (a attempt, putBack bool) {
 	if stopped != nil {
 		stop(stopped)
 	}
-	if t.crashes >= w.cfg.MaxDeliveries {
+	if t.crashes >= with.cfg.MaxDeliveries {
 		return attempt{status: statusError, final: true, err: fail(codeGivenUp, "run task", fmt.Errorf(
 			"given up after %d starts, each of which ended with its worker", t.crashes))}, false
 	}
 	if ctx.Err() == nil {
-		a = w.runCommand(ctx, t, runner)
+		a = w.runCommand(ctx, t, with)
 	}
 	switch cause := context.Cause(ctx); {
 	case ctx.Err() == nil, a.started && !a.exit.stopped: // it ended by itself, in time
@@ -179,8 +190,9 @@ func (w *worker) attemptTask(t *task) (a attempt, putBack bool) {
 }
 
 // runCommand writes the data file, runs the command and removes the file again.
-func (w *worker) runCommand(ctx context.Context, t *task, runner *jobRunner) (a attempt) {
+func (w *worker) runCommand(ctx context.Context, t *task, with *setup) (a attempt) {
 	a.status = statusError
+	runner := with.jobs[t.event]
 	data, err := w.journal.data(t.data)
 	if err != nil {
 		a.err, a.hostFault = err, isHostFault(err)
@@ -211,8 +223,8 @@ func (w *worker) runCommand(ctx context.Context, t *task, runner *jobRunner) (a 
 	tail := &tailBuffer{limit: stderrTailBytes}
 	c := command{
 		argv: rendered.argv, line: rendered.line, dir: runner.job.WorkingDir,
-		env:       runner.taskEnv(w.cfg, w.baseURL, t.id, t.attempts+1),
-		killAfter: w.cfg.KillAfter, hurry: w.hurry, spawn: w.spawner,
+		env:       runner.taskEnv(with.cfg, w.baseURL, t.id, t.attempts+1),
+		killAfter: with.cfg.KillAfter, hurry: w.hurry, spawn: w.spawner,
 		started: func(p processIdentity) error {
 			if err := w.taskRuns(t, p); err != nil {
 				a.hostFault = true
@@ -318,7 +330,7 @@ func (w *worker) concludeUnstarted(t *task) {
 func (w *worker) conclude(t *task, a attempt) {
 	t.crashes = 0
 	var retry Retry
-	if runner := w.jobs[t.event]; runner != nil { // else its job is no longer configured
+	if runner := w.runner(t.event); runner != nil { // else its job is no longer configured
 		retry = runner.job.Retry
 	}
 	failed := a.status == statusError || a.status == statusTimeout && !errors.Is(a.err, errTimedOut)

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -26,45 +27,53 @@ const maxPutBacks = 4
 // settleTimeout bounds how long one delivery may take to be acknowledged, and the last reports of a stopping worker.
 const settleTimeout = 5 * time.Second
 
-// A worker runs the tasks of one configuration. It implements taskService for the REST API.
+// A worker runs the tasks of one configuration, which may change meanwhile. It implements taskService for the REST API.
 type worker struct {
-	cfg     *Config
 	baseURL string // of its own REST API, as its jobs reach it
 	log     *slog.Logger
 	bus     *eventBus
 	records *records
-	broker  Broker
-	jobs    map[string]*jobRunner // by event
 	queue   *scheduler
+	spawner *spawner
+	orders  workerOrders
 	started time.Time
 
-	spawner  *spawner
-	follower *follower
+	journal *journal // set by open, once it could be opened
 
-	// Set by open, once the journal could be opened.
-	journal  *journal
-	reporter *reporter
+	setup    atomic.Pointer[setup] // replaced with mu held
+	changing sync.Mutex            // held while consumers and links are changed
 
 	ctx    context.Context // of every task; its end stops them all, for the cause it has
 	cancel context.CancelCauseFunc
 	tasks  sync.WaitGroup // running, finishing and pausing tasks
 
+	draining   chan struct{}  // closed when drain begins
+	background sync.WaitGroup // what links do besides tasks, until drained
+
+	ready     chan struct{} // closed once the broker has taken every subscription for the first time
 	hurry     chan struct{} // closed when commands that are being stopped are to be killed
 	hurryOnce sync.Once
 
-	mu          sync.Mutex // guards what follows
-	state       workerState
-	known       map[string]*task // accepted and not yet reported
-	controlled  int              // of them, those whose control subjects are listened on
-	brokerErr   error            // why there is no connection; errNotConnected before the first
-	brokerSince time.Time        // of brokerErr
-	consumers   []Consumer
-	crashed     map[string]int    // of tasks left to their broker: starts that ended with an earlier life of this worker
-	problems    map[string]string // by what they are about: journal, resources, …
-	refused     uint64            // messages that were no tasks
+	mu         sync.Mutex // guards what follows
+	state      workerState
+	known      map[string]*task  // accepted and not yet reported
+	perEvent   map[string]int    // how many of them a job has
+	controlled int               // of them, those whose control subjects are listened on
+	link       *brokerLink       // in use
+	pending    *brokerLink       // to be used once it is connected; nil: none
+	links      []*brokerLink     // these and those that were replaced and are still needed
+	crashed    map[string]int    // of tasks left to their broker: starts that ended with an earlier life of this worker
+	problems   map[string]string // by what they are about: journal, resources, …
+	refused    uint64            // messages that were no tasks
 
 	runningTasks atomic.Int64
 	ended        [4]atomic.Int64 // by finalIndex
+}
+
+// workerOrders is what messages to the whole worker ask for. Neither function may block.
+type workerOrders struct {
+	reload   func() // ask for the configuration again
+	shutdown func() // stop gracefully
 }
 
 // A workerState is what /health calls status, but for what the problems make of it.
@@ -85,123 +94,88 @@ var (
 	errPutBack    = errors.New("the worker stops")
 )
 
-var errNotConnected = errors.New("not connected to the broker yet")
-
 // newWorker prepares a worker that has no journal yet: it answers for its health and accepts nothing.
-func newWorker(cfg *Config, baseURL string, recs *records, bus *eventBus, log *slog.Logger) (*worker, error) {
+func newWorker(cfg *Config, baseURL string, recs *records, bus *eventBus, orders workerOrders, log *slog.Logger) (*worker, error) {
 	w := &worker{
-		cfg: cfg, baseURL: baseURL, log: log, bus: bus, records: recs,
-		jobs: map[string]*jobRunner{}, started: time.Now(),
-		state: stateStarting, brokerErr: errNotConnected, brokerSince: time.Now(), hurry: make(chan struct{}),
-		known: map[string]*task{}, crashed: map[string]int{}, problems: map[string]string{},
+		baseURL: baseURL, log: log, bus: bus, records: recs, orders: orders, started: time.Now(), state: stateStarting,
+		draining: make(chan struct{}), ready: make(chan struct{}), hurry: make(chan struct{}),
+		known: map[string]*task{}, perEvent: map[string]int{}, crashed: map[string]int{}, problems: map[string]string{},
 	}
+	first, err := newSetup(cfg, baseURL)
+	if err != nil {
+		return nil, err
+	}
+	w.setup.Store(first)
 	w.ctx, w.cancel = context.WithCancelCause(context.Background())
 	w.queue = newScheduler(cfg.Concurrency, w.startTask)
-	for i := range cfg.Jobs {
-		runner, err := newJobRunner(cfg, &cfg.Jobs[i], baseURL)
-		if err != nil {
-			return nil, err
-		}
-		w.jobs[runner.job.Event] = runner
-		w.queue.setLimit(runner.job.Event, runner.job.Limit)
+	for event, runner := range first.jobs {
+		w.queue.setLimit(event, runner.job.Limit)
 	}
-	tls, err := brokerTLS(cfg.Broker, cfg.Dir)
-	if err != nil {
+	if w.link, err = w.openLink(cfg); err != nil {
 		return nil, err
 	}
-	w.broker, err = openBroker(brokerOptions{
-		config: cfg.Broker, project: cfg.Project, identity: cfg.IdentityID, tls: tls, log: log, changed: w.brokerChanged,
-	})
-	if err != nil {
-		return nil, err
-	}
-	w.follower = newFollower(w.broker, recs)
+	w.links = []*brokerLink{w.link}
 	w.spawner = startSpawner()
 	return w, nil
 }
 
-// isLocal reports whether there is no broker but the journal.
-func (w *worker) isLocal() bool { return w.cfg.Broker.Type == "local" }
-
-// brokerChanged notes whether there is a connection to the broker (nil), or why not.
-func (w *worker) brokerChanged(err error) {
-	now := time.Now()
-	w.mu.Lock()
-	if (err == nil) != (w.brokerErr == nil) {
-		w.brokerSince = now
-	}
-	w.brokerErr = err
-	w.mu.Unlock()
-	changed := brokerChanged{Type: w.cfg.Broker.Type, Connected: err == nil, At: now}
+// open opens the journal, ends what a dead worker left running, takes up its unfinished tasks and begins to consume.
+// While the journal or the records cannot be opened it says why in the health and tries again, until ctx ends. It
+// returns once the broker has taken every subscription.
+func (w *worker) open(ctx context.Context) error {
+	var found []journalTask
+	err := w.patiently(ctx, "journal", func() (err error) {
+		w.journal, found, err = openJournal(filepath.Join(w.config().DataDir, "journal"))
+		return err
+	})
 	if err != nil {
-		changed.Err, changed.Code = err.Error(), codeOf(err)
+		return err
 	}
-	w.bus.publish(changed)
+	if found := w.journal.stats(); found.TornBytes > 0 || found.DamagedBytes > 0 {
+		w.log.Warn("journal was not whole: a last write was interrupted, or the disk is unsound",
+			"torn_bytes", found.TornBytes, "damaged_bytes", found.DamagedBytes)
+	}
+	if err := w.patiently(ctx, "records", w.records.takeOver); err != nil {
+		return err
+	}
+	w.bus.subscribe(w.report)
+	w.recover(found)
+	w.changing.Lock()
+	w.mu.Lock()
+	w.state = stateConsuming
+	link := w.link
+	w.mu.Unlock()
+	w.begin(link)
+	w.changing.Unlock()
+	select {
+	case <-w.ready:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
-// open opens the journal, ends what a dead worker left running, takes up its unfinished tasks and begins to consume.
-// While the journal cannot be opened it says why in the health and tries again, until ctx ends.
-func (w *worker) open(ctx context.Context) error {
-	pause := 100 * time.Millisecond
-	var found []journalTask
-	for {
-		var err error
-		if w.journal, found, err = openJournal(w.cfg.DataDir + "/journal"); err == nil {
-			break
+// patiently opens something that the disk may not give just now. An error is ctx's end.
+func (w *worker) patiently(ctx context.Context, what string, open func() error) error {
+	for pause := 100 * time.Millisecond; ; pause = min(2*pause, 5*time.Second) {
+		err := open()
+		if err == nil {
+			w.setProblem(what, "")
+			return nil
 		}
-		w.setProblem("journal", err.Error())
+		w.setProblem(what, err.Error())
 		level := slog.LevelError
 		if errors.Is(err, errJournalBusy) {
 			level = slog.LevelInfo // the worker before this one is still draining
 		}
-		w.log.Log(ctx, level, "journal not available yet", errAttrs(err))
+		w.log.Log(ctx, level, what+" not available yet", errAttrs(err))
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
-		pause = min(2*pause, 5*time.Second)
 	}
-	w.setProblem("journal", "")
-	if found := w.journal.stats(); found.TornBytes > 0 || found.DamagedBytes > 0 {
-		w.log.Warn("journal was not whole: a last write was interrupted, or the disk is unsound",
-			"torn_bytes", found.TornBytes, "damaged_bytes", found.DamagedBytes)
-	}
-	if err := w.records.takeOver(); err != nil {
-		return err
-	}
-	w.reporter = newReporter(w.broker, hostID(), w.log, w.settle)
-	w.bus.subscribe(w.reporter.handle)
-	w.recover(found)
-	for event := range w.jobs {
-		slots := Slots{
-			Limit: func() int { return w.queue.limit(event) },
-			Free:  func() int { return w.queue.free(event) },
-		}
-		consumer := w.broker.Consume(w.subject(event), slots, func(d Delivery) { w.take(event, d) })
-		w.mu.Lock()
-		w.consumers = append(w.consumers, consumer)
-		w.mu.Unlock()
-	}
-	w.mu.Lock()
-	w.state = stateConsuming
-	consumers := w.consumers
-	w.mu.Unlock()
-	for _, c := range consumers {
-		select {
-		case <-c.Ready():
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-	}
-	w.mu.Lock()
-	w.state = stateRunning
-	w.mu.Unlock()
-	return nil
 }
-
-// subject is where a job's tasks arrive.
-func (w *worker) subject(event string) string { return w.cfg.Project + "." + event }
 
 // recover takes up what the journal answers for: stale processes are ended before their tasks run again, and what had
 // finished is reported.
@@ -214,16 +188,14 @@ func (w *worker) recover(found []journalTask) {
 			stale = append(stale, staleTask{process: t.Process, taskID: t.ID, env: env})
 		}
 	}
-	if err := endStaleGroups(stale, w.cfg.KillAfter); err != nil {
+	if err := endStaleGroups(stale, w.config().KillAfter); err != nil {
 		w.log.Error("processes of a dead worker could not be ended", errAttrs(err))
 	}
 	waiting := 0
 	for _, t := range found {
 		switch {
 		case t.Outcome != nil:
-			w.mu.Lock()
-			w.known[t.ID] = &task{id: t.ID, event: t.Event, createdAt: t.CreatedAt, status: t.Outcome.Status}
-			w.mu.Unlock()
+			w.know(&task{id: t.ID, event: t.Event, createdAt: t.CreatedAt, status: t.Outcome.Status})
 			w.bus.publish(*t.Outcome)
 		case t.Held:
 			// The broker delivers it again, here or elsewhere.
@@ -237,10 +209,8 @@ func (w *worker) recover(found []journalTask) {
 				id: t.ID, event: t.Event, createdAt: t.CreatedAt, data: t.Data, status: statusQueued,
 				attempts: t.Attempts, crashes: t.Crashes, failures: t.Failures,
 			}
-			w.mu.Lock()
-			w.known[t.ID] = recovered
-			w.mu.Unlock()
-			if w.jobs[t.Event] == nil {
+			w.know(recovered)
+			if w.runner(t.Event) == nil {
 				w.setProblem("job "+t.Event, fmt.Sprintf("tasks wait for job %q, which is not configured", t.Event))
 			}
 			w.control(recovered)
@@ -300,7 +270,7 @@ func validTaskID(id string) bool {
 
 // take is where a delivery becomes a task: it is checked, told from what is known already, and journalled. What cannot
 // be journalled is put back.
-func (w *worker) take(event string, d Delivery) {
+func (w *worker) take(l *brokerLink, event string, d Delivery) {
 	m, err := parseTaskMessage(d.Data)
 	if err != nil {
 		w.mu.Lock()
@@ -319,7 +289,7 @@ func (w *worker) take(event string, d Delivery) {
 	w.mu.Lock()
 	if d.Held {
 		t.crashes = w.crashed[t.id]
-		if t.attempts >= maxPutBacks*w.cfg.MaxDeliveries {
+		if t.attempts >= maxPutBacks*w.config().MaxDeliveries {
 			t.crashes = t.attempts // they were other workers' crashes, at least some of them
 		}
 	}
@@ -327,7 +297,12 @@ func (w *worker) take(event string, d Delivery) {
 		// A broker that lost the connection delivers again what it held; the new delivery is the one to settle.
 		if d.Held && same.delivery != nil && !same.status.final() {
 			same.delivery = &d
+			moved := same.link != l
+			same.moveTo(l)
 			w.mu.Unlock()
+			if moved {
+				w.control(same)
+			}
 			w.log.Info("task was delivered again while it is being done", "task", t.id)
 			return
 		}
@@ -339,12 +314,14 @@ func (w *worker) take(event string, d Delivery) {
 	if status, ended := w.journal.outcome(t.id); ended {
 		w.mu.Unlock()
 		w.log.Info("duplicate of a finished task, reported again", "task", t.id, "status", status)
-		w.reporter.enqueue(t.id+"_finish", []byte(status), "")
+		l.reporter.enqueue(t.id+"_finish", []byte(status), "")
 		w.ack(d)
 		return
 	}
 	delete(w.crashed, t.id)
+	t.moveTo(l)
 	w.known[t.id] = t // before it is journalled, so that a duplicate meanwhile is seen
+	w.perEvent[event]++
 	w.mu.Unlock()
 
 	t.data, err = w.journal.accept(journalTask{
@@ -367,7 +344,9 @@ func (w *worker) take(event string, d Delivery) {
 		t.adoption = time.AfterFunc(d.HeldFor, func() { w.adopt(t) })
 		w.mu.Unlock()
 	}
-	w.follower.drop(t.id) // it is right here
+	for _, other := range w.openLinks() {
+		other.follower.drop(t.id) // it is right here
+	}
 	w.control(t)
 	w.bus.publish(taskQueued{TaskID: t.id, Event: event, Name: w.nameOf(event), At: t.createdAt})
 	w.queue.add(t)
@@ -396,7 +375,7 @@ func (w *worker) adopt(t *task) {
 }
 
 func (w *worker) nameOf(event string) string {
-	if runner := w.jobs[event]; runner != nil {
+	if runner := w.runner(event); runner != nil {
 		return runner.job.Name
 	}
 	return event
@@ -426,12 +405,26 @@ func (w *worker) enqueueAt(t *task, due time.Time) {
 
 // wakeConsumers tells every consumer that a slot has become free.
 func (w *worker) wakeConsumers() {
+	var consumers []Consumer
 	w.mu.Lock()
-	consumers := w.consumers
+	for _, l := range w.links {
+		for _, c := range l.consumers {
+			consumers = append(consumers, c)
+		}
+	}
 	w.mu.Unlock()
 	for _, c := range consumers {
 		c.Wake()
 	}
+}
+
+// know adds a task that the journal answers for to what is known.
+func (w *worker) know(t *task) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	t.moveTo(w.link)
+	w.known[t.id] = t
+	w.perEvent[t.event]++
 }
 
 // forget drops a task from what is known, and what is kept up for its sake.
@@ -440,7 +433,13 @@ func (w *worker) forget(id string) *task {
 	t := w.known[id]
 	delete(w.known, id)
 	var uncontrol func()
+	released := false
 	if t != nil {
+		t.moveTo(nil)
+		if w.perEvent[t.event]--; w.perEvent[t.event] == 0 {
+			delete(w.perEvent, t.event)
+			released = w.setup.Load().jobs[t.event].wasRemoved()
+		}
 		if t.adoption != nil {
 			t.adoption.Stop() // else the task would be kept for as long as the broker is patient
 		}
@@ -449,6 +448,9 @@ func (w *worker) forget(id string) *task {
 	w.mu.Unlock()
 	if uncontrol != nil {
 		uncontrol()
+	}
+	if released {
+		w.release(t.event)
 	}
 	return t
 }
@@ -489,22 +491,28 @@ func (w *worker) journalled(op, id string, err error) {
 // drain is the graceful stop: nothing new is started, running tasks may end within the drain timeout, the rest is
 // stopped and put back, and what is known is reported. ctx's end (a second signal) stops the rest at once.
 func (w *worker) drain(ctx context.Context) {
+	close(w.draining)
+	w.background.Wait()
+	var consumers []Consumer
 	w.mu.Lock()
 	w.state = stateDraining
-	consumers := w.consumers
-	w.consumers = nil
+	for _, l := range w.links {
+		if !l.isLocal() { // what is created meanwhile waits in the journal
+			for _, c := range l.consumers {
+				consumers = append(consumers, c)
+			}
+		}
+	}
 	w.mu.Unlock()
 	w.queue.pause("draining")
-	if !w.isLocal() { // what is created meanwhile waits in the journal
-		for _, c := range consumers {
-			c.Stop()
-		}
+	for _, c := range consumers {
+		c.Stop()
 	}
 	w.putBackWaiting()
 	if n := w.runningTasks.Load(); n > 0 {
-		w.log.Info("waiting for running tasks", "count", n, "limit", w.cfg.DrainTimeout.String())
+		w.log.Info("waiting for running tasks", "count", n, "limit", w.config().DrainTimeout.String())
 	}
-	patience, stop := context.WithTimeout(ctx, w.cfg.DrainTimeout)
+	patience, stop := context.WithTimeout(ctx, w.config().DrainTimeout)
 	defer stop()
 	for w.runningTasks.Load() > 0 && patience.Err() == nil {
 		select {
@@ -543,21 +551,27 @@ func (w *worker) putBackWaiting() {
 	}
 }
 
-// close reports and writes what is left, after drain.
+// close reports and writes what is left, after drain. What keeps claims alive and reports has gone on until here, and
+// every task's last process is gone.
 func (w *worker) close() {
 	w.spawner.close()
+	for _, l := range w.openLinks() {
+		l.quit()
+		w.closeLink(context.Background(), l)
+	}
 	if w.journal == nil {
 		return
-	}
-	ctx, stop := context.WithTimeout(context.Background(), settleTimeout)
-	defer stop()
-	w.reporter.close(ctx)
-	if err := w.broker.Close(); err != nil {
-		w.log.Warn("broker not closed", errAttrs(err))
 	}
 	if err := w.journal.close(); err != nil {
 		w.log.Error("journal not closed", errAttrs(err))
 	}
+}
+
+// makesProgress returns once it has got hold of what everything that a task goes through needs: never, if that is stuck.
+func (w *worker) makesProgress() {
+	w.currentLink()
+	w.queue.limit("")
+	w.bus.subscribe(func(event) {})()
 }
 
 // killRunning shortens the grace of commands that are being stopped to nothing.

@@ -1,0 +1,325 @@
+package main
+
+// link.go is the worker's connections to its broker. There is one, but for the time after a change of broker or login:
+// then the new one is made first, and the old one stays until the tasks that came from it are settled, so that no
+// request is refused and no task changes its story half way.
+
+import (
+	"context"
+	"errors"
+	"time"
+)
+
+const (
+	// handOverAfter is how long a connection that has been replaced may be away before what is left of its tasks'
+	// stories is told over the new one.
+	handOverAfter = 10 * time.Second
+
+	retirePause = 100 * time.Millisecond // between two looks at whether a replaced connection is still needed
+	readyPause  = 200 * time.Millisecond // between two looks at which consumers are to be waited for
+)
+
+var errNotConnected = errors.New("not connected to the broker yet")
+
+// A brokerLink is one connection to a broker, and what belongs to it.
+type brokerLink struct {
+	config            BrokerConfig
+	project, identity string
+
+	broker   Broker
+	reporter *reporter
+	follower *follower
+
+	ctx  context.Context // ends when the link is replaced or the worker stops
+	quit context.CancelFunc
+
+	// Guarded by worker.mu.
+	consumers map[string]Consumer // by event
+	tasks     int                 // known tasks whose story is told here
+	err       error               // why there is no connection; errNotConnected before the first
+	since     time.Time           // of err
+}
+
+// openLink opens a connection as cfg says. It returns before there is one.
+func (w *worker) openLink(cfg *Config) (*brokerLink, error) {
+	tls, err := brokerTLS(cfg.Broker, cfg.Dir)
+	if err != nil {
+		return nil, err
+	}
+	l := &brokerLink{
+		config: cfg.Broker, project: cfg.Project, identity: cfg.IdentityID,
+		consumers: map[string]Consumer{}, err: errNotConnected, since: time.Now(),
+	}
+	l.ctx, l.quit = context.WithCancel(w.ctx)
+	l.broker, err = openBroker(brokerOptions{
+		config: cfg.Broker, project: cfg.Project, identity: cfg.IdentityID, tls: tls, log: w.log,
+		changed: func(err error) { w.linkChanged(l, err) },
+	})
+	if err != nil {
+		l.quit()
+		return nil, err
+	}
+	l.reporter = newReporter(l.broker, hostID(), w.log, w.settle)
+	l.follower = newFollower(l.broker, w.records)
+	return l, nil
+}
+
+// serves reports whether the link is the one that cfg asks for.
+func (l *brokerLink) serves(cfg *Config) bool {
+	return l.config == cfg.Broker && l.project == cfg.Project && l.identity == cfg.IdentityID
+}
+
+// isLocal reports whether there is no broker but the journal.
+func (l *brokerLink) isLocal() bool { return l.config.Type == "local" }
+
+// subject is where a job's tasks arrive.
+func (l *brokerLink) subject(event string) string { return l.project + "." + event }
+
+// linkChanged notes whether there is a connection to the broker (nil), or why not.
+func (w *worker) linkChanged(l *brokerLink, err error) {
+	now := time.Now()
+	w.mu.Lock()
+	if (err == nil) != (l.err == nil) {
+		l.since = now
+	}
+	l.err = err
+	w.mu.Unlock()
+	if l.ctx.Err() != nil {
+		return // it has been replaced, and its coming and going matters to nobody
+	}
+	changed := brokerChanged{Type: l.config.Type, Connected: err == nil, At: now}
+	if err != nil {
+		changed.Err, changed.Code = err.Error(), codeOf(err)
+	}
+	w.bus.publish(changed)
+}
+
+// currentLink is where new tasks are published and the worker's own messages go.
+func (w *worker) currentLink() *brokerLink {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.link
+}
+
+// openLinks are all links that are not closed yet.
+func (w *worker) openLinks() []*brokerLink {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return append([]*brokerLink(nil), w.links...)
+}
+
+// linkOf is where a task's story is told.
+func (w *worker) linkOf(id string) *brokerLink {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if t := w.known[id]; t != nil {
+		return t.link
+	}
+	return w.link
+}
+
+// moveTo makes a link the one where t's story is told. w.mu is held.
+func (t *task) moveTo(l *brokerLink) {
+	if t.link != nil {
+		t.link.tasks--
+	}
+	if t.link = l; l != nil {
+		l.tasks++
+	}
+}
+
+// report is the reporter of all links as a subscriber of the event bus.
+func (w *worker) report(e event) {
+	var id string
+	switch e := e.(type) {
+	case taskTaken:
+		id = e.TaskID
+	case taskOutput:
+		id = e.TaskID
+	case taskNotified:
+		id = e.TaskID
+	case taskFinished:
+		id = e.TaskID
+	default:
+		return
+	}
+	w.linkOf(id).reporter.handle(e)
+}
+
+// begin takes tasks and orders from a link. w.changing is held.
+func (w *worker) begin(l *brokerLink) {
+	l.broker.SubscribeAll(l.project+".restart", func([]byte) {
+		w.log.Info("the configuration is to be asked for again")
+		w.orders.reload()
+	})
+	l.broker.Subscribe(l.identity+".shutdown", func([]byte) {
+		w.log.Info("shutdown is asked for")
+		w.orders.shutdown()
+	})
+	w.consume(l)
+	w.background.Add(1)
+	go func() { // ends when the broker has taken the subscriptions, or with the link
+		defer w.background.Done()
+		w.establish(l)
+	}()
+}
+
+// consume makes a link consume what the configured jobs ask for. w.changing is held.
+func (w *worker) consume(l *brokerLink) {
+	jobs := w.setup.Load().jobs
+	var gone []Consumer
+	w.mu.Lock()
+	for event, c := range l.consumers {
+		if runner := jobs[event]; runner == nil || runner.removed {
+			delete(l.consumers, event)
+			gone = append(gone, c)
+		}
+	}
+	w.mu.Unlock()
+	// The broker is never called with mu held: it has locks of its own, and calls us back.
+	for _, c := range gone {
+		c.Stop()
+	}
+	for event, runner := range jobs {
+		w.mu.Lock()
+		c := l.consumers[event]
+		w.mu.Unlock()
+		switch {
+		case c != nil:
+			c.Wake() // its limit may be another one
+		case !runner.removed:
+			c = l.broker.Consume(l.subject(event), Slots{
+				Limit: func() int { return w.queue.limit(event) },
+				Free:  func() int { return w.queue.free(event) },
+			}, func(d Delivery) { w.take(l, event, d) })
+			w.mu.Lock()
+			l.consumers[event] = c
+			w.mu.Unlock()
+		}
+	}
+}
+
+// establish waits until a link's broker has taken every subscription, and then puts it in the place of the one before.
+func (w *worker) establish(l *brokerLink) {
+	for {
+		w.mu.Lock()
+		var unready <-chan struct{}
+		for _, c := range l.consumers {
+			select {
+			case <-c.Ready():
+			default:
+				unready = c.Ready()
+			}
+		}
+		if unready == nil && (l.err == nil || w.pending != l) {
+			w.mu.Unlock()
+			break
+		}
+		w.mu.Unlock()
+		select {
+		case <-unready:
+		case <-time.After(readyPause): // its job may have been removed
+		case <-l.ctx.Done():
+			return
+		case <-w.draining:
+			return
+		}
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if l.ctx.Err() != nil {
+		return
+	}
+	if w.pending == l {
+		w.replaceLink(l)
+	}
+	if w.state == stateConsuming {
+		w.state = stateRunning
+		close(w.ready)
+	}
+}
+
+// replaceLink makes l the link in use and lets the one before end. w.mu is held.
+func (w *worker) replaceLink(l *brokerLink) {
+	old := w.link
+	w.link, w.pending = l, nil
+	w.log.Info("broker connection replaced", "broker", l.config.Type)
+	w.retire(old)
+}
+
+// retire lets a link end that has been replaced, or never came into use. w.mu is held.
+func (w *worker) retire(l *brokerLink) {
+	l.quit()
+	consumers := l.consumers
+	l.consumers = map[string]Consumer{}
+	w.background.Add(1)
+	go func() { // ends when the link is not needed any more, or the worker drains
+		defer w.background.Done()
+		for _, c := range consumers {
+			c.Stop()
+		}
+		if w.awaitUnused(l) {
+			w.closeLink(context.Background(), l)
+		}
+	}()
+}
+
+// awaitUnused returns true when no task needs a replaced link any more, false when the worker drains before: then the
+// link is closed with the others.
+func (w *worker) awaitUnused(l *brokerLink) bool {
+	for {
+		w.mu.Lock()
+		used := l.tasks > 0 || l.follower.busy()
+		lost := l.err != nil && time.Since(l.since) > handOverAfter
+		w.mu.Unlock()
+		if !used {
+			return true
+		}
+		if lost {
+			w.handOver(l)
+			return true
+		}
+		select {
+		case <-time.After(retirePause):
+		case <-w.draining:
+			return false
+		}
+	}
+}
+
+// handOver tells the rest of the stories of a lost link's tasks over the link in use.
+func (w *worker) handOver(l *brokerLink) {
+	var moved []*task
+	w.mu.Lock()
+	heir := w.link
+	for _, t := range w.known {
+		if t.link == l {
+			t.moveTo(heir)
+			moved = append(moved, t)
+		}
+	}
+	w.mu.Unlock()
+	w.log.Warn("the broker before is lost, its tasks are reported to the new one", "count", len(moved))
+	l.reporter.handOver(heir.reporter)
+	for _, t := range moved {
+		w.control(t)
+	}
+}
+
+// closeLink sends what is unsent until ctx ends, at most settleTimeout, and closes the connection.
+func (w *worker) closeLink(ctx context.Context, l *brokerLink) {
+	ctx, stop := context.WithTimeout(ctx, settleTimeout)
+	defer stop()
+	l.reporter.close(ctx)
+	if err := l.broker.Close(); err != nil {
+		w.log.Warn("broker not closed", errAttrs(err))
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for i, other := range w.links {
+		if other == l {
+			w.links = append(w.links[:i], w.links[i+1:]...)
+			break
+		}
+	}
+}
