@@ -91,7 +91,7 @@ func (c *command) run(ctx context.Context) (exitStatus, error) {
 	}
 
 	stopped, killAt := r.await(ctx, c.killAfter, c.hurry)
-	left := r.endGroup(c.killAfter, killAt)
+	left := r.endGroup(c.killAfter, killAt, c.hurry)
 	for _, reader := range r.readers {
 		reader.finish()
 	}
@@ -333,7 +333,7 @@ func (r *runningCommand) exitedWithin(limit time.Duration) bool {
 
 // endGroup ends what the process has left in its group and says what would not end. Usually nothing is left, and
 // finding that out is one system call.
-func (r *runningCommand) endGroup(killAfter time.Duration, killAt time.Time) (left string) {
+func (r *runningCommand) endGroup(killAfter time.Duration, killAt time.Time, hurry <-chan struct{}) (left string) {
 	if !r.exitedWithin(0) {
 		return r.group.describe()
 	}
@@ -346,7 +346,13 @@ func (r *runningCommand) endGroup(killAfter time.Duration, killAt time.Time) (le
 	}
 	giveUpAt := killAt.Add(unkillableWait)
 	for pause := time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
-		time.Sleep(pause) // no system tells when a group has become empty
+		select {
+		case <-time.After(pause): // no system tells when a group has become empty
+		case <-hurry:
+			hurry = nil
+			killAt = time.Now()
+			giveUpAt = killAt.Add(unkillableWait)
+		}
 		if r.group.empty() || pause > 4*time.Millisecond && r.group.dead() {
 			return ""
 		}

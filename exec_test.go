@@ -536,6 +536,23 @@ func TestRunStopsBesideBlockedOutput(t *testing.T) {
 	}
 }
 
+// Hurry is for all of the group, also when its leader has ended already.
+func TestRunHurriesWhatIsLeft(t *testing.T) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	hurry := make(chan struct{})
+	c := roleCommand(t, "spawn-grandchild", "ignore-term")
+	c.killAfter, c.hurry = time.Minute, hurry
+	pid, end := startRole(t, ctx, c)
+	cancel()
+	close(hurry)
+	begin := time.Now()
+	if status := end(); status.left != "" || time.Since(begin) > 5*time.Second {
+		t.Errorf("%+v after %v", status, time.Since(begin))
+	}
+	assertGone(t, pid)
+}
+
 func TestRunEndsWhatIsLeft(t *testing.T) {
 	within := 6 * time.Second
 	for _, role := range []string{"ready-then-hang", "ignore-term"} {
