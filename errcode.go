@@ -67,8 +67,8 @@ const (
 
 // Background processes.
 const (
-	// An exec has ended with an exit code other than 0, was killed by a signal, or could not be started; it is started
-	// again after the pause that the line names. Its own lines in the log, before this one, say more.
+	// An exec has ended with an exit code other than 0 or was killed by a signal; it is started again after the pause that
+	// the line names. Its own lines in the log, before this one, say more.
 	codeExecFailed errCode = "ERR-26112300850"
 	// An exec has failed and is not started again: its attempt restarts in a row are used up. Mend what the lines before
 	// say; it starts anew when its entry changes or job_item is restarted.

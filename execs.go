@@ -256,7 +256,10 @@ func (r *execRunner) keepRunning(ctx context.Context) {
 		if !isHostFault(cause) {
 			restarts++ // what the host lacks for a while is not the exec's failure
 		}
-		r.log.Warn("exec has failed, it is started again", errAttrs(fail(codeExecFailed, op, cause)),
+		if codeOf(cause) == "" { // it could be started
+			cause = fail(codeExecFailed, op, cause)
+		}
+		r.log.Warn("exec has failed, it is started again", errAttrs(cause),
 			"dur", ran.Round(time.Millisecond).String(), "pause", pause.String(), "attempt", restarts)
 		r.note(execPausing, 0)
 		select {
