@@ -78,23 +78,16 @@ func (p *execsProcess) adopt(inv *invocation) error {
 	return nil
 }
 
-// standAlone is for execs without a parent.
+// standAlone is for execs without a parent. A changed configuration file is taken up as it is under one.
 func (p *execsProcess) standAlone(ctx context.Context, inv *invocation) error {
 	var err error
 	if p.first, err = loadConfig(inv.configFile(), os.LookupEnv); err != nil {
 		return err
 	}
 	p.log = newLogger(inv.stderr, p.first)
-	for _, warning := range p.first.Warnings {
-		p.log.Warn("configuration", "err", warning)
-	}
 	p.notify = func(notice) {}
 	sealDescriptors()
 	signal.Notify(p.signals, os.Interrupt, syscall.SIGTERM)
-	if p.first.EndPoint == "" {
-		go func() { p.orders <- order{Config: p.first} }() // ends with the process
-		return nil
-	}
 	source := newConfigSource(p.first, os.LookupEnv, p.log)
 	go source.run(ctx) // ends with the process
 	go func() {        // ends with the process

@@ -587,7 +587,7 @@ func TestExecsByHandWithManager(t *testing.T) {
 	manager := newFakeManager(t, "uuid-of-project")
 	a := newAgent(t, manager.config()+"execs: [{key: a, cmd: 'echo I am $JOB_ITEM_APP_ID', cascade_exit: true}]")
 	got := runCLI(t, nil, "", "child_execs_process", "-c", filepath.Join(a.dir, "config.yaml"))
-	if got.code != 0 || !strings.Contains(got.stderr, `data="I am uuid-of-project"`) {
+	if got.code != 0 || strings.Count(got.stderr, `data="I am uuid-of-project"`) != 1 {
 		t.Errorf("ended as %+v", got)
 	}
 }
