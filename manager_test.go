@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"compress/gzip"
 	"context"
 	"encoding/json"
 	"errors"
@@ -22,6 +23,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -433,6 +435,51 @@ func TestManagerAway(t *testing.T) {
 	if _, err := newManagerClient(cfg, silentLog()).ask(ctx); !errors.Is(err, context.Canceled) {
 		t.Errorf("with a cancelled context: %v; want that it was cancelled", err)
 	}
+}
+
+// TestManagerEndless is about answers that do not end, or not in time.
+func TestManagerEndless(t *testing.T) {
+	cfg := managedConfig(t, newFakeManager(t, "project-1"), minimalConfig)
+	var hang atomic.Bool
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		part, pause := strings.Repeat("x", 1<<20), time.Duration(0)
+		if hang.Load() {
+			part, pause = "x", 20*time.Millisecond
+		}
+		for {
+			if _, err := io.WriteString(w, part); err != nil {
+				return
+			}
+			w.(http.Flusher).Flush()
+			select {
+			case <-time.After(pause):
+			case <-r.Context().Done():
+				return
+			}
+		}
+	}))
+	defer server.Close()
+	var bomb bytes.Buffer
+	packer, _ := gzip.NewWriterLevel(&bomb, gzip.BestSpeed)
+	packer.Write(make([]byte, maxManagerReplyBytes+1))
+	packer.Close()
+	packed := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Encoding", "gzip")
+		w.Write(bomb.Bytes())
+	}))
+	defer packed.Close()
+	ask := func(endPoint string, limit time.Duration) error {
+		changed := *cfg
+		changed.EndPoint = endPoint
+		m := newManagerClient(&changed, silentLog())
+		m.askLimit = limit
+		_, err := m.ask(t.Context())
+		return err
+	}
+	wantError(t, ask(server.URL, time.Minute), codeManagerAway, "larger than 8 MiB")
+	wantError(t, ask(packed.URL, time.Minute), codeManagerAway, "larger than 8 MiB")
+	hang.Store(true)
+	wantError(t, ask(server.URL, 300*time.Millisecond), codeManagerAway, "the reply broke off: no answer")
 }
 
 func TestManagerWrongKey(t *testing.T) {
