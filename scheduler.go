@@ -28,6 +28,7 @@ type lane struct {
 	tasks   []waitingTask
 	head    int // tasks before it have left
 	queued  bool
+	held    bool // none of them may start for the moment
 }
 
 type waitingTask struct {
@@ -118,7 +119,7 @@ func (s *scheduler) done(event string) {
 func (s *scheduler) free(event string) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.paused) > 0 {
+	if len(s.paused) > 0 || s.lane(event).held {
 		return 0
 	}
 	waiting := 0
@@ -143,6 +144,23 @@ func (s *scheduler) resume(reason string) {
 	s.fill()
 }
 
+// hold stops the tasks of one job from being started; false if they are held already. unhold ends it.
+func (s *scheduler) hold(event string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l := s.lane(event)
+	begins := !l.held
+	l.held = true
+	return begins
+}
+
+func (s *scheduler) unhold(event string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lane(event).held = false
+	s.fill()
+}
+
 // lane finds a job's lane. One that no limit was set for never gets a slot: its job is not configured.
 func (s *scheduler) lane(event string) *lane {
 	l := s.lanes[event]
@@ -158,7 +176,7 @@ func (s *scheduler) fill() {
 	for s.running < s.slots && len(s.paused) == 0 {
 		next := -1
 		for i, l := range s.waiting {
-			if l.running < l.limit && (next < 0 || l.tasks[l.head].arrival < s.waiting[next].tasks[s.waiting[next].head].arrival) {
+			if !l.held && l.running < l.limit && (next < 0 || l.tasks[l.head].arrival < s.waiting[next].tasks[s.waiting[next].head].arrival) {
 				next = i
 			}
 		}

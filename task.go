@@ -26,7 +26,6 @@ const (
 	// exitBadData is the exit code with which a command says that running it again would not help (EX_DATAERR).
 	exitBadData = 65
 
-	postponePause   = time.Second // when the host lacks something
 	stderrTailBytes = 4 << 10     // of a failed run, in {task_id}_failed
 )
 
@@ -260,6 +259,7 @@ func (w *worker) taskRuns(t *task, p processIdentity) error {
 	}
 	t.attempts++
 	t.crashes++ // until it ends otherwise
+	w.jobRuns(t.event)
 	w.mu.Lock()
 	t.ran = true
 	t.pid, t.startedAt = p.PID, time.Now()
@@ -274,11 +274,11 @@ func (w *worker) taskRuns(t *task, p processIdentity) error {
 
 // postpone lets a task wait until this host may have again what running it takes.
 func (w *worker) postpone(t *task, reason error) {
-	w.log.Error("task postponed", errAttrs(reason), "task", t.id, "pause", postponePause.String())
 	t.crashes = 0
 	w.wait(t)
 	w.journalled("put task back", t.id, w.journal.returned(t.id))
-	w.enqueueAt(t, time.Now().Add(postponePause))
+	w.holdJob(t, reason)
+	w.queue.add(t)
 }
 
 // isHostFault reports whether err comes from a lack of disk, memory, processes or descriptors, which passes.
@@ -322,6 +322,7 @@ func (w *worker) stopRequest(t *task) taskStatus {
 func (w *worker) concludeUnstarted(t *task) {
 	w.mu.Lock()
 	cause := t.stopped
+	delete(w.problems, "postponed "+t.event) // the next that cannot be started says so again
 	w.mu.Unlock()
 	w.conclude(t, attempt{status: w.stopRequest(t), err: cause, final: true, exit: exitStatus{code: -1}})
 }
