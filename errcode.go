@@ -449,6 +449,14 @@ func (e *codedError) Error() string {
 
 func (e *codedError) Unwrap() error { return e.err }
 
+// codedText is an error in one line with its code, for those who see no log.
+func codedText(err error) string {
+	if code := codeOf(err); code != "" {
+		return err.Error() + " [" + string(code) + "]"
+	}
+	return err.Error()
+}
+
 // codeOf gives the outermost code in err's chain, "" if there is none.
 func codeOf(err error) errCode {
 	var coded *codedError

@@ -165,6 +165,7 @@ jobs:
 	if v := a.task(id); v.Status.final() {
 		t.Errorf("task ended as %+v", v)
 	}
+	a.awaitHealth("degraded", "ERR-26112300905")
 	a.quote("working folder full")
 	empty()
 	if v := a.wait(id, statusFinish); v.Attempt != 1 {

@@ -414,7 +414,7 @@ func (r *records) wrote(err error) {
 	}
 }
 
-// mend tries again to write what could not be written, and says why it still cannot, "" if nothing waits.
+// mend tries again after a failed write, and says why nothing can be written yet, "" if it can.
 func (r *records) mend() string {
 	if !r.failing.Load() {
 		return ""
@@ -422,11 +422,22 @@ func (r *records) mend() string {
 	r.mu.Lock()
 	err := r.index.flush()
 	r.mu.Unlock()
+	if err == nil {
+		err = r.probe() // what failed may have been a log, which is written when its task prints again
+	}
 	r.wrote(err)
-	if _, err := r.failure(); err != nil {
-		return err.Error()
+	if err != nil {
+		_, err = r.failure()
+		return codedText(err)
 	}
 	return ""
+}
+
+// probe reports whether a file of one block can be written.
+func (r *records) probe() error {
+	path := filepath.Join(r.dir, "tasks", "probe")
+	defer os.Remove(path)
+	return os.WriteFile(path, make([]byte, 4096), 0o600)
 }
 
 // tend forgets what has grown too old. It ends with close.

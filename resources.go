@@ -56,7 +56,7 @@ func (w *worker) journalFault() string {
 		return ""
 	}
 	if err := w.journal.writable(); err != nil {
-		return err.Error()
+		return codedText(err)
 	}
 	return ""
 }

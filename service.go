@@ -185,7 +185,7 @@ func (w *worker) health() healthReport {
 		status = healthDegraded
 	}
 	if brokerErr != nil {
-		problems["broker"] = brokerErr.Error()
+		problems["broker"] = codedText(brokerErr)
 	}
 	switch {
 	case state == stateDraining:
@@ -199,7 +199,7 @@ func (w *worker) health() healthReport {
 		status = healthDown
 	default:
 		if err := w.journal.writable(); err != nil {
-			problems["journal"] = err.Error()
+			problems["journal"] = codedText(err)
 			status = healthDown
 		}
 	}

@@ -163,7 +163,7 @@ func (w *worker) patiently(ctx context.Context, what string, open func() error) 
 			w.setProblem(what, "")
 			return nil
 		}
-		w.setProblem(what, err.Error())
+		w.setProblem(what, codedText(err))
 		level := slog.LevelError
 		if errors.Is(err, errJournalBusy) {
 			level = slog.LevelInfo // the worker before this one is still draining
