@@ -279,7 +279,7 @@ func (p *workerProcess) configure(ctx context.Context, bus *eventBus) {
 		if w != nil {
 			if err = w.reconfigure(cfg); err != nil {
 				p.log.Error("configuration not taken up, the one before stays", errAttrs(err))
-				w.setProblem("configuration", err.Error())
+				w.setProblem("configuration", codedText(err))
 				continue
 			}
 			w.setProblem("configuration", "")

@@ -33,7 +33,7 @@ func (s *serviceSlot) fill(w *worker) { s.filled.Store(w) }
 
 // explain says why there is no worker yet.
 func (s *serviceSlot) explain(err error) {
-	text := err.Error()
+	text := codedText(err)
 	s.problem.Store(&text)
 }
 

@@ -304,10 +304,13 @@ func (s *supervisor) update(u configUpdate) {
 	if s.stopping {
 		return
 	}
+	if u.config != nil && s.complete && sameConfig(u.config, s.cfg) {
+		u.config, s.refused = nil, "" // the very first, or one that was changed back
+	}
 	if u.config != nil {
 		if err := s.moveSocket(u.config.Listen); err != nil {
 			s.log.Error("configuration not taken up, the one before stays", errAttrs(err))
-			s.refused, u.config = err.Error(), nil
+			s.refused, u.config = codedText(err), nil
 		} else {
 			s.refused = ""
 		}
