@@ -119,6 +119,7 @@ const (
 type apiServer struct {
 	service     taskService
 	records     atomic.Pointer[records] // nil until they could be opened
+	recorded    chan struct{}           // closed then
 	log         *slog.Logger
 	config      atomic.Pointer[apiConfig]
 	routes      *http.ServeMux
@@ -133,6 +134,7 @@ func newAPIServer(config apiConfig, service taskService, bus *eventBus, log *slo
 	a := &apiServer{
 		service:     service,
 		log:         log,
+		recorded:    make(chan struct{}),
 		routes:      http.NewServeMux(),
 		feed:        newEventFeed(bus),
 		largeBodies: make(chan struct{}, maxLargeBodies),
@@ -180,7 +182,22 @@ func (a *apiServer) handle(pattern string, handler apiHandler) {
 func (a *apiServer) reconfigure(config apiConfig) { a.config.Store(&config) }
 
 // serveRecords lets the API answer more than what needs no records.
-func (a *apiServer) serveRecords(recs *records) { a.records.Store(recs) }
+func (a *apiServer) serveRecords(recs *records) {
+	a.records.Store(recs)
+	close(a.recorded)
+}
+
+// awaitRecords reports whether there are records, after some patience.
+func (a *apiServer) awaitRecords(ctx context.Context) bool {
+	ctx, stop := context.WithTimeout(ctx, openPatience)
+	defer stop()
+	select {
+	case <-a.recorded:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
 
 // serve answers requests on listener until shutdown, which makes it return nil.
 func (a *apiServer) serve(listener net.Listener) error {
@@ -237,7 +254,7 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (a *apiServer) route(reply *apiReply, r *http.Request) {
 	handler, pattern := a.routes.Handler(r)
 	if _, ours := handler.(routeHandler); ours && pattern != "" {
-		if a.records.Load() == nil && pattern != "GET /health" {
+		if pattern != "GET /health" && !a.awaitRecords(r.Context()) {
 			reply.err = fmt.Errorf("serve %s: %w", r.URL.Path, errStarting)
 			return
 		}

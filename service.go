@@ -22,14 +22,10 @@ func apiConfigOf(cfg *Config) apiConfig {
 // create sends a new task to the broker, or to the journal where there is none. It returns when the task is safe there.
 func (w *worker) create(ctx context.Context, appID, event string, formBody json.RawMessage) (string, error) {
 	w.mu.Lock()
-	starting := w.state == stateStarting
 	l, now := w.link, w.setup.Load()
 	w.mu.Unlock()
 	if appID == "" || appID == now.cfg.Credential.ProjectID { // the manager may give the project another id in subjects
 		appID = l.project
-	}
-	if starting {
-		return "", errStarting
 	}
 	if runner := now.jobs[event]; l.isLocal() && (appID != l.project || runner == nil || runner.removed) {
 		return "", fmt.Errorf("create task: %w: app_id %.140q, event %.140q", errUnknownEvent, appID, event)

@@ -20,6 +20,7 @@ type serviceSlot struct {
 	started time.Time
 
 	filled   atomic.Pointer[worker]
+	isFilled chan struct{}                     // closed then
 	problem  atomic.Pointer[string]            // why there is no worker; nil: the manager is waited for
 	problems atomic.Pointer[map[string]string] // of the parent, by what they are about; nil: none
 	execs    atomic.Pointer[[]execHealth]      // the background processes; nil: none
@@ -27,9 +28,36 @@ type serviceSlot struct {
 
 var _ taskService = (*serviceSlot)(nil)
 
-func newServiceSlot(cfg *Config) *serviceSlot { return &serviceSlot{cfg: cfg, started: time.Now()} }
+func newServiceSlot(cfg *Config) *serviceSlot {
+	return &serviceSlot{cfg: cfg, started: time.Now(), isFilled: make(chan struct{})}
+}
 
-func (s *serviceSlot) fill(w *worker) { s.filled.Store(w) }
+// fill has one caller, once.
+func (s *serviceSlot) fill(w *worker) {
+	s.filled.Store(w)
+	close(s.isFilled)
+}
+
+// openPatience is how long a request waits for a worker that is about to begin, as after a restart.
+const openPatience = 5 * time.Second
+
+// await gives the worker once it can accept tasks. It is errStarting when that takes too long.
+func (s *serviceSlot) await(ctx context.Context) (*worker, error) {
+	ctx, stop := context.WithTimeout(ctx, openPatience)
+	defer stop()
+	select {
+	case <-s.isFilled:
+	case <-ctx.Done():
+		return nil, errStarting
+	}
+	w := s.filled.Load()
+	select {
+	case <-w.opened:
+		return w, nil
+	case <-ctx.Done():
+		return nil, errStarting
+	}
+}
 
 // explain says why there is no worker yet.
 func (s *serviceSlot) explain(err error) {
@@ -48,24 +76,27 @@ func (s *serviceSlot) hear(o order) {
 }
 
 func (s *serviceSlot) create(ctx context.Context, appID, event string, formBody json.RawMessage) (string, error) {
-	if w := s.filled.Load(); w != nil {
-		return w.create(ctx, appID, event, formBody)
+	w, err := s.await(ctx)
+	if err != nil {
+		return "", err
 	}
-	return "", errStarting
+	return w.create(ctx, appID, event, formBody)
 }
 
 func (s *serviceSlot) terminate(ctx context.Context, taskID string) error {
-	if w := s.filled.Load(); w != nil {
-		return w.terminate(ctx, taskID)
+	w, err := s.await(ctx)
+	if err != nil {
+		return err
 	}
-	return errStarting
+	return w.terminate(ctx, taskID)
 }
 
 func (s *serviceSlot) notify(ctx context.Context, taskID, msg string) error {
-	if w := s.filled.Load(); w != nil {
-		return w.notify(ctx, taskID, msg)
+	w, err := s.await(ctx)
+	if err != nil {
+		return err
 	}
-	return errStarting
+	return w.notify(ctx, taskID, msg)
 }
 
 func (s *serviceSlot) record(taskID string) (record, bool) {

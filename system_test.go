@@ -148,6 +148,7 @@ type healthView struct {
 	Problems   []string `json:"problems"`
 	IdentityID string   `json:"identity_id"`
 	Jobs       map[string]int
+	Execs      []execHealth `json:"execs"`
 }
 
 func (a *agent) health() healthView {

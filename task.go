@@ -26,7 +26,7 @@ const (
 	// exitBadData is the exit code with which a command says that running it again would not help (EX_DATAERR).
 	exitBadData = 65
 
-	stderrTailBytes = 4 << 10     // of a failed run, in {task_id}_failed
+	stderrTailBytes = 4 << 10 // of a failed run, in {task_id}_failed
 )
 
 // A task is one accepted run of a job. Its data stays in the journal, since very many may wait.

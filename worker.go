@@ -50,6 +50,7 @@ type worker struct {
 	draining   chan struct{}  // closed when drain begins
 	background sync.WaitGroup // what links do besides tasks, until drained
 
+	opened    chan struct{} // closed once the journal is open and tells what is unfinished
 	ready     chan struct{} // closed once the broker has taken every subscription for the first time
 	hurry     chan struct{} // closed when commands that are being stopped are to be killed
 	hurryOnce sync.Once
@@ -98,7 +99,7 @@ var (
 func newWorker(cfg *Config, baseURL string, recs *records, bus *eventBus, orders workerOrders, log *slog.Logger) (*worker, error) {
 	w := &worker{
 		baseURL: baseURL, log: log, bus: bus, records: recs, orders: orders, started: time.Now(), state: stateStarting,
-		draining: make(chan struct{}), ready: make(chan struct{}), hurry: make(chan struct{}),
+		draining: make(chan struct{}), opened: make(chan struct{}), ready: make(chan struct{}), hurry: make(chan struct{}),
 		known: map[string]*task{}, perEvent: map[string]int{}, crashed: map[string]int{}, problems: map[string]string{},
 	}
 	first, err := newSetup(cfg, baseURL)
@@ -147,6 +148,7 @@ func (w *worker) open(ctx context.Context) error {
 	w.mu.Unlock()
 	w.begin(link)
 	w.changing.Unlock()
+	close(w.opened)
 	select {
 	case <-w.ready:
 		return nil
