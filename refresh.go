@@ -252,6 +252,9 @@ func (s *configSource) refuse(err error) {
 	if len(lines) > 1 {
 		short += fmt.Sprintf(" (and %d more)", len(problems.problems)-1)
 	}
+	if code := codeOf(err); code != "" {
+		short += " [" + string(code) + "]"
+	}
 	s.problems["configuration"] = "the changed configuration is not taken up: " + short
 	refused := s.watch.last.config + err.Error()
 	if refused == s.refused {
@@ -358,12 +361,12 @@ func (s *configSource) managerFine(reply *managerReply) {
 }
 
 func (s *configSource) managerFailed(err error) {
-	level := slog.LevelError
-	if s.problems["manager"] == err.Error() {
+	level, problem := slog.LevelError, codedText(err)
+	if s.problems["manager"] == problem {
 		level = slog.LevelDebug // it has been said
 	}
 	s.log.Log(context.Background(), level, "no configuration from the manager", errAttrs(err))
-	s.problems["manager"] = err.Error()
+	s.problems["manager"] = problem
 	if s.complete != nil {
 		return
 	}

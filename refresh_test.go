@@ -154,7 +154,7 @@ func TestSourceFollowsTheFile(t *testing.T) {
 	bad := "jobs: [{event: a, cmd: 'x {{'}]\nconcurrency: no\nlisten: '${UNSET}'\n"
 	write(t, path, bad)
 	s.problem("configuration", path+`:1: jobs[0].cmd: the template does not parse`)
-	if update := s.again(); !strings.Contains(update.problems["configuration"], "(and 2 more)") {
+	if update := s.again(); !strings.Contains(update.problems["configuration"], "(and 2 more) ["+string(codeConfig)+"]") {
 		t.Errorf("asked again with a bad file: %+v", update)
 	}
 	for _, part := range []string{":1: jobs[0].cmd", ":2: concurrency", ":3: listen"} {
@@ -310,7 +310,7 @@ func TestSourceAsksTheManager(t *testing.T) {
 	if next := s.nextConfig(); next.Credential.SecretKey != "wrong" {
 		t.Errorf("another key: %+v", next)
 	}
-	s.problem("manager", "401")
+	s.problem("manager", "401 Unauthorized: no project "+fakeProjectID+" with key redacted ["+string(codeManagerStatus)+"]")
 	write(t, path, f.config()+minimalConfig)
 	if next := s.next(); next.config == nil || next.config.Credential.SecretKey != fakeSecretKey {
 		t.Errorf("the right key again: %+v", next)
