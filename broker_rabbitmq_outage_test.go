@@ -340,7 +340,7 @@ func TestRabbitMQSaysWhyThereIsNoConnection(t *testing.T) {
 // silentServer accepts connections and says nothing.
 func silentServer(t testing.TB) string {
 	t.Helper()
-	listener, err := listen("127.0.0.1:0")
+	listener, err := listen("127.0.0.1:0", bindPatience)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -95,7 +95,7 @@ func (p *workerProcess) adopt(inv *invocation) error {
 	if first.Listener {
 		p.listener, err = inheritedSocket()
 	} else {
-		p.listener, err = listen(p.cfg.Listen)
+		p.listener, err = listen(p.cfg.Listen, bindPatience)
 	}
 	if err != nil {
 		return err
@@ -144,11 +144,8 @@ func (p *workerProcess) standAlone(ctx context.Context, inv *invocation) error {
 	}
 	p.log = newLogger(inv.stderr, p.cfg)
 	p.service = newServiceSlot(p.cfg)
-	for _, warning := range p.cfg.Warnings {
-		p.log.Warn("configuration", "err", warning)
-	}
 	p.notify = func(notice) {}
-	if p.listener, err = listen(p.cfg.Listen); err != nil {
+	if p.listener, err = listen(p.cfg.Listen, bindPatience); err != nil {
 		return err
 	}
 	signals := make(chan os.Signal, 2)

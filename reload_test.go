@@ -282,7 +282,7 @@ func TestReloadMoves(t *testing.T) {
 	}
 
 	// A port that is taken changes nothing.
-	busy, err := listen("127.0.0.1:0")
+	busy, err := listen("127.0.0.1:0", bindPatience)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -295,6 +295,15 @@ func TestReloadMoves(t *testing.T) {
 		return ""
 	})
 	a.wait(a.create("a", `{"s":0}`), statusFinish)
+	busy.Close()
+	a.cmd.Process.Signal(syscall.SIGHUP)
+	a.url = "http://" + busy.Addr().String()
+	waitFor(t, 20*time.Second, func() string {
+		if h := a.health(); h.Status != "ok" {
+			return fmt.Sprintf("health %+v\n%s", h, a.log)
+		}
+		return ""
+	})
 }
 
 // TestCascadeExit ends everything with a background process that asks for it, as a failure if it was one.

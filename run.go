@@ -89,7 +89,7 @@ func runTask(ctx context.Context, inv *invocation, cfg *Config, job *Job, data j
 	}
 	log := newLogger(inv.stderr, &alone)
 
-	listener, err := listen("127.0.0.1:0")
+	listener, err := listen("127.0.0.1:0", bindPatience)
 	if err != nil {
 		return none, err
 	}

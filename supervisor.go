@@ -29,6 +29,9 @@ const (
 	// bindPatience is how long a taken port is waited for: a worker whose parent died closes it at once, but not sooner.
 	bindPatience = 3 * time.Second
 
+	// bindAgain is how often a changed port is tried.
+	bindAgain = 10 * time.Second
+
 	// silenceLimit is how long a child may go without a sign of progress before it is killed and started again. A disk
 	// that hangs for seconds must not be taken for a child that does.
 	silenceLimit = time.Minute
@@ -55,7 +58,7 @@ func runParent(ctx context.Context, inv *invocation) int {
 	defer signal.Stop(signals)
 
 	s := newSupervisor(cfg, newLogger(inv.stderr, cfg), inv.stderr)
-	if err := s.openSocket(cfg.Listen); err != nil {
+	if err := s.openSocket(cfg.Listen, bindPatience); err != nil {
 		inv.printError(err)
 		return exitFailed
 	}
@@ -81,7 +84,8 @@ type supervisor struct {
 	problems   map[string]string // what is wrong here, by what it is about
 	execStates []execHealth      // what the execs child said last
 
-	refused  string // why the last configuration was not taken up; "": it was
+	refused  *Config          // cannot be taken up for want of its port; nil: the last one was
+	again    <-chan time.Time // when to try once more
 	told     bool   // the service manager knows that we are ready
 	stopping bool
 	killed   bool
@@ -110,11 +114,11 @@ func newSupervisor(cfg *Config, log *slog.Logger, stderr io.Writer) *supervisor 
 }
 
 // openSocket opens the port once for all workers to come.
-func (s *supervisor) openSocket(address string) error {
+func (s *supervisor) openSocket(address string, patience time.Duration) error {
 	if !socketInherits {
 		return nil
 	}
-	listener, err := listen(address)
+	listener, err := listen(address, patience)
 	if err != nil {
 		return err
 	}
@@ -134,9 +138,9 @@ func (s *supervisor) closeSocket() {
 	}
 }
 
-// listen opens the REST API's port.
-func listen(address string) (*net.TCPListener, error) {
-	deadline := time.Now().Add(bindPatience)
+// listen opens the REST API's port. One that is taken is waited for.
+func listen(address string, patience time.Duration) (*net.TCPListener, error) {
+	deadline := time.Now().Add(patience)
 	for {
 		listener, err := net.Listen("tcp", address)
 		if err == nil {
@@ -192,6 +196,8 @@ func (s *supervisor) supervise(ctx context.Context, signals <-chan os.Signal) in
 			s.keepExecs()
 		case <-s.execsBy:
 			s.drainExecs()
+		case <-s.again:
+			s.update(configUpdate{problems: s.problems})
 		case <-s.worker.endBy:
 			s.overdue(&s.worker)
 		case <-s.execs.endBy:
@@ -304,21 +310,21 @@ func (s *supervisor) update(u configUpdate) {
 	if s.stopping {
 		return
 	}
-	if u.config != nil && s.complete && sameConfig(u.config, s.cfg) {
-		u.config, s.refused = nil, "" // the very first, or one that was changed back
+	s.problems = maps.Clone(u.problems)
+	delete(s.problems, "listen") // ours, and found anew
+	switch {
+	case u.config != nil && s.complete && sameConfig(u.config, s.cfg):
+		u.config, s.refused = nil, nil // the very first, or one that was changed back
+	case u.config == nil:
+		u.config = s.refused
+		if u.answered && u.config == nil && len(u.problems) == 0 {
+			s.log.Info("the configuration has not changed")
+		}
 	}
 	if u.config != nil {
-		if err := s.moveSocket(u.config.Listen); err != nil {
-			s.log.Error("configuration not taken up, the one before stays", errAttrs(err))
-			s.refused, u.config = codedText(err), nil
-		} else {
-			s.refused = ""
+		if s.refused, s.again = nil, nil; !s.moveSocket(u.config) {
+			u.config = nil
 		}
-	} else if u.answered && len(u.problems) == 0 {
-		s.log.Info("the configuration has not changed")
-	}
-	if s.problems = maps.Clone(u.problems); s.refused != "" {
-		s.problems["listen"] = s.refused
 	}
 	s.worker.tell(s, order{Problems: s.problems})
 	if u.config != nil {
@@ -352,12 +358,19 @@ func (s *supervisor) handDown(cfg *Config) {
 	}
 }
 
-// moveSocket opens another port, if it is another.
-func (s *supervisor) moveSocket(address string) error {
-	if address == s.cfg.Listen {
-		return nil
+// moveSocket opens another port, if it is another. It returns false when that cannot be done now.
+func (s *supervisor) moveSocket(cfg *Config) bool {
+	if cfg.Listen == s.cfg.Listen {
+		return true
 	}
-	return s.openSocket(address)
+	err := s.openSocket(cfg.Listen, 0)
+	if err == nil {
+		return true
+	}
+	s.log.Error("configuration not taken up, the one before stays", errAttrs(err), "pause", bindAgain.String())
+	s.problems["listen"] = codedText(err)
+	s.refused, s.again = cfg, time.After(bindAgain)
+	return false
 }
 
 // signal follows the service manager, or whoever sits at the terminal.

@@ -244,7 +244,7 @@ func (a *agent) output(id string) string {
 
 func freePort(t testing.TB) string {
 	t.Helper()
-	listener, err := listen("127.0.0.1:0")
+	listener, err := listen("127.0.0.1:0", bindPatience)
 	if err != nil {
 		t.Fatal(err)
 	}
