@@ -100,9 +100,10 @@ func (p *workerProcess) adopt(inv *invocation) error {
 	if err != nil {
 		return err
 	}
-	// A terminal sends its interrupt and its end to the whole group; the parent passes on what is meant. They are not
-	// ignored, which the commands of tasks would inherit, but delivered to nobody.
-	signal.Notify(make(chan os.Signal, 1), os.Interrupt, syscall.SIGHUP)
+	// A terminal sends its interrupt and its end to the whole group; the parent passes on what is meant. And a parent or a
+	// log's reader that is gone must not end this process by the pipe to it. They are not ignored, which the commands of
+	// tasks would inherit, but delivered to nobody.
+	signal.Notify(make(chan os.Signal, 1), os.Interrupt, syscall.SIGHUP, syscall.SIGPIPE)
 	terminated := make(chan os.Signal, 2)
 	signal.Notify(terminated, syscall.SIGTERM)
 	go p.followSignals(terminated) // ends with the process

@@ -66,7 +66,7 @@ func (p *execsProcess) adopt(inv *invocation) error {
 	// A terminal sends its interrupt to the whole group; the parent passes on what is meant. And a parent that is gone
 	// reads neither notices nor log, which must not end this process before its execs are ended. Neither signal is
 	// ignored, which the execs would inherit, but delivered to nobody.
-	signal.Notify(make(chan os.Signal, 1), os.Interrupt, syscall.SIGPIPE)
+	signal.Notify(make(chan os.Signal, 1), os.Interrupt, syscall.SIGHUP, syscall.SIGPIPE)
 	signal.Notify(p.signals, syscall.SIGTERM)
 	go func() { // ends with the process
 		defer close(p.orders)
@@ -136,6 +136,7 @@ func (p *execsProcess) run() int {
 			}
 			// The manager gives the project that execs find in their environment.
 			if o.Config != nil && !o.Pending && stopped == nil {
+				setLogFormat(p.log, o.Config.LogFormat)
 				set.apply(o.Config)
 			}
 			if o.Drain {

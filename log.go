@@ -7,15 +7,53 @@ import (
 	"context"
 	"io"
 	"log/slog"
+	"sync/atomic"
 	"time"
 )
 
+// newLogger makes a logger that writes to w as cfg says.
 func newLogger(w io.Writer, cfg *Config) *slog.Logger {
 	options := &slog.HandlerOptions{Level: cfg.LogLevel}
-	if cfg.LogFormat == "json" {
-		return slog.New(slog.NewJSONHandler(w, options))
+	h := formatHandler{text: slog.NewTextHandler(w, options), json: slog.NewJSONHandler(w, options), useJSON: &atomic.Bool{}}
+	log := slog.New(h)
+	setLogFormat(log, cfg.LogFormat)
+	return log
+}
+
+// setLogFormat changes the format of a logger that newLogger made, and of all that were derived from it.
+func setLogFormat(log *slog.Logger, format string) {
+	if h, ok := log.Handler().(formatHandler); ok {
+		h.useJSON.Store(format == "json")
 	}
-	return slog.New(slog.NewTextHandler(w, options))
+}
+
+// A formatHandler writes in the one or the other format, which may change at any time.
+type formatHandler struct {
+	text, json slog.Handler
+	useJSON    *atomic.Bool
+}
+
+func (h formatHandler) current() slog.Handler {
+	if h.useJSON.Load() {
+		return h.json
+	}
+	return h.text
+}
+
+func (h formatHandler) Enabled(ctx context.Context, level slog.Level) bool {
+	return h.text.Enabled(ctx, level)
+}
+
+func (h formatHandler) Handle(ctx context.Context, r slog.Record) error {
+	return h.current().Handle(ctx, r)
+}
+
+func (h formatHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return formatHandler{h.text.WithAttrs(attrs), h.json.WithAttrs(attrs), h.useJSON}
+}
+
+func (h formatHandler) WithGroup(name string) slog.Handler {
+	return formatHandler{h.text.WithGroup(name), h.json.WithGroup(name), h.useJSON}
 }
 
 // logEvents is the log as a subscriber of the event bus.

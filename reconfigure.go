@@ -69,6 +69,7 @@ func (w *worker) reconfigure(cfg *Config) error {
 		w.links = append(w.links, link)
 	}
 	w.mu.Unlock()
+	setLogFormat(w.log, cfg.LogFormat)
 	w.records.setRetain(cfg.Retain)
 	w.queue.setSlots(cfg.Concurrency)
 	for event, runner := range next.jobs {

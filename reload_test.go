@@ -255,6 +255,8 @@ func TestReloadRefused(t *testing.T) {
 	if a.takenUp() != taken {
 		t.Errorf("something was taken up although nothing has changed:\n%s", a.log)
 	}
+	a.change("jobs:", "log_format: json\njobs:")
+	a.awaitLog("written as JSON", func() bool { return strings.Contains(a.log.String(), `"msg":"configuration taken up"`) })
 }
 
 // TestReloadMoves changes port and folder: the worker drains and starts anew, and neither port refuses anything.

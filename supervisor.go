@@ -56,6 +56,8 @@ func runParent(ctx context.Context, inv *invocation) int {
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer signal.Stop(signals)
+	// Whoever reads the log may go away, which is no reason to stop.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 
 	s := newSupervisor(cfg, newLogger(inv.stderr, cfg), inv.stderr)
 	if err := s.openSocket(cfg.Listen, bindPatience); err != nil {
@@ -86,7 +88,7 @@ type supervisor struct {
 
 	refused  *Config          // cannot be taken up for want of its port; nil: the last one was
 	again    <-chan time.Time // when to try once more
-	told     bool   // the service manager knows that we are ready
+	told     bool             // the service manager knows that we are ready
 	stopping bool
 	killed   bool
 	failed   bool             // the exit code is to say so
@@ -222,7 +224,7 @@ func (s *supervisor) startWorker() {
 func (s *supervisor) keepExecs() {
 	s.execs.due = nil
 	if len(s.cfg.Execs) > 0 && !s.execs.runs() {
-		s.execs.start(s, order{Config: s.cfg})
+		s.execs.start(s, order{Config: s.cfg, Pending: !s.complete})
 	}
 }
 
@@ -339,6 +341,7 @@ func (s *supervisor) update(u configUpdate) {
 func (s *supervisor) handDown(cfg *Config) {
 	before, wasComplete := s.cfg, s.complete
 	s.cfg, s.complete = cfg, true
+	setLogFormat(s.log, cfg.LogFormat)
 	moved := before.Listen != s.cfg.Listen || before.DataDir != s.cfg.DataDir
 	switch {
 	case !s.worker.runs(), s.worker.ending: // the next one starts with it
