@@ -5,6 +5,7 @@ package main
 // supervisor_test.go is about what parent and children do when one of them, or who reads their log, is gone.
 
 import (
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -95,4 +96,99 @@ func configuredListen(t *testing.T, a *agent) string {
 	_, rest, _ := strings.Cut(string(content), "listen: ")
 	address, _, _ := strings.Cut(rest, "\n")
 	return address
+}
+
+// TestServiceManager plays systemd: it is told when the worker is ready, reloads and stops, and hears of it as long as
+// the worker makes progress. A worker that hangs is killed and started again by the parent.
+func TestServiceManager(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "notify")
+	manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer manager.Close()
+	// heard waits for a message that holds a line.
+	heard := func(line string) {
+		t.Helper()
+		manager.SetReadDeadline(time.Now().Add(20 * time.Second))
+		buf := make([]byte, 4096)
+		for {
+			n, err := manager.Read(buf)
+			if err != nil {
+				t.Fatalf("%s is not told: %v", line, err)
+			}
+			if slices.ContainsFunc(strings.Split(string(buf[:n]), "\n"), func(l string) bool { return strings.HasPrefix(l, line) }) {
+				return
+			}
+		}
+	}
+	a := newAgent(t, "jobs:\n  - {event: a, cmd: 'env | grep -c NOTIFY_SOCKET; test $JOB_ITEM_ATTEMPT = {{long}} && sleep 60; echo {{task_id}} >> ran'}\nexecs:\n  - {key: side, cmd: 'sleep 1000'}\n")
+	a.env = []string{"NOTIFY_SOCKET=" + socket, "WATCHDOG_USEC=20000000"}
+	a.start()
+	heard("READY=1")
+	heard("WATCHDOG=1")
+	a.cmd.Process.Signal(syscall.SIGHUP)
+	heard("RELOADING=1")
+	heard("READY=1")
+	id := a.create("a", `{"long":0}`)
+	if a.wait(id, statusFinish); a.output(id) != "0\n" {
+		t.Errorf("the task sees the service manager's socket: %q", a.output(id))
+	}
+
+	hanging := a.childPID()
+	id = a.create("a", `{"long":1}`)
+	a.wait(id, statusRunning)
+	syscall.Kill(hanging, syscall.SIGSTOP)
+	a.awaitLog("found hanging", func() bool { return strings.Contains(a.log.String(), string(codeChildSilent)) })
+	a.awaitLog("started again", func() bool { return a.childPID() != hanging })
+	a.wait(id, statusFinish)
+	if ran := a.ran(); !slices.Equal(ran[1:], []string{id}) {
+		t.Errorf("ran %q, want %s once", ran, id)
+	}
+	heard("WATCHDOG=1")
+	a.cmd.Process.Signal(syscall.SIGTERM)
+	heard("STOPPING=1")
+	a.waitGone(20 * time.Second)
+}
+
+// TestStopInBounds stops job_item while everything ignores SIGTERM: it ends within drain_timeout and kill_after, and at
+// once at a second signal. The task runs again after the next start.
+func TestStopInBounds(t *testing.T) {
+	a := newAgent(t, `
+drain_timeout: 1s
+kill_after: 1s
+jobs:
+  - {event: stubborn, cmd: 'trap "" TERM; echo begin >> ran; if test -e go; then exit; fi; while :; do sleep 0.1; done'}
+execs:
+  - {key: stubborn, cmd: 'trap "" TERM; while :; do sleep 0.1; done'}
+`)
+	for _, signals := range []int{1, 2} {
+		a.start()
+		pid := a.execPIDs()["stubborn"]
+		if signals == 1 {
+			a.wait(a.create("stubborn", "{}"), statusRunning)
+		} else {
+			waitFor(t, 10*time.Second, func() string { return unless(a.health().Jobs["running"] == 1, "the task does not run again") })
+		}
+		began := time.Now()
+		a.cmd.Process.Signal(syscall.SIGTERM)
+		a.awaitLog("stopping", func() bool { return strings.Contains(a.log.String(), "msg=stopping") })
+		if signals == 2 {
+			a.cmd.Process.Signal(syscall.SIGTERM)
+		}
+		a.waitGone(20 * time.Second)
+		// A margin for a busy machine; what must not happen is that one bound is waited for after another.
+		if took := time.Since(began); took > time.Duration(3-signals)*time.Second+1500*time.Millisecond {
+			t.Errorf("%d signals: it took %v to stop\n%s", signals, took, a.log)
+		}
+		if code := a.cmd.ProcessState.ExitCode(); code != 0 {
+			t.Errorf("%d signals: exit code %d", signals, code)
+		}
+		if err := syscall.Kill(pid, 0); err != syscall.ESRCH {
+			t.Errorf("the background process: %v", err)
+		}
+	}
+	a.write("go", "")
+	a.start()
+	waitFor(t, 10*time.Second, func() string { return unless(a.health().Jobs["finish"] == 1, "the task has not finished") })
 }
