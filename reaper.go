@@ -15,8 +15,9 @@ import (
 	"sync"
 )
 
-// A reaper also starts the parent's own children, and is to start all of them: those it does not know are orphans.
-// Its methods may be called concurrently.
+// A reaper also starts the parent's own children, and is to start all of them: those it does not know are orphans, and
+// whoever waits for one may find that it has been waited for. (So may gopsutil with lsb_release, which it asks for the
+// name of some systems and can do without.) Its methods may be called concurrently.
 type reaper struct {
 	log    *slog.Logger
 	waited chan struct{} // an own child has been waited for
@@ -52,12 +53,4 @@ func (r *reaper) wait(cmd *exec.Cmd) error {
 	default: // run has not looked since the last one
 	}
 	return err
-}
-
-// spare runs do, which may start children and wait for them on its own, such as in a library. do must be short and must
-// not call start or spare.
-func (r *reaper) spare(do func()) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	do()
 }
