@@ -6,12 +6,15 @@ package main
 
 import (
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 	"unicode/utf8"
@@ -203,5 +206,83 @@ func TestWithoutServiceVariables(t *testing.T) {
 	want := []string{"A=1", "MY_NOTIFY_SOCKET=y", "NOTIFY_SOCKETS=z", "=C:=C:\\", "B=NOTIFY_SOCKET=1"}
 	if !slices.Equal(got, want) || !slices.Equal(env, before) {
 		t.Errorf("environment is %q, was %q", got, env)
+	}
+}
+
+// The whole life of a parent that was started by systemd with WatchdogSec=1.
+func TestServiceLife(t *testing.T) {
+	name := notifySocket(t)
+	manager := listenAsServiceManager(t, name)
+	a := newAgent(t, "jobs:\n  - {event: env, cmd: env}\n")
+	a.env = []string{"NOTIFY_SOCKET=" + name, "WATCHDOG_USEC=1000000"}
+	a.start()
+	if got := heard(t, manager); !strings.HasPrefix(got, "READY=1\n") {
+		t.Errorf("the first message is %q", got)
+	}
+	awaitMessage := func(prefix string) {
+		t.Helper()
+		for {
+			if got := heard(t, manager); strings.HasPrefix(got, prefix) {
+				return
+			} else if got != "WATCHDOG=1" {
+				t.Errorf("the service manager heard %q before %s", got, prefix)
+			}
+		}
+	}
+	awaitMessage("WATCHDOG=1")
+	must(t, a.cmd.Process.Signal(syscall.SIGHUP))
+	awaitMessage("RELOADING=1\n")
+	awaitMessage("READY=1\n")
+	begin := time.Now()
+	awaitMessage("WATCHDOG=1")
+	awaitMessage("WATCHDOG=1")
+	if took := time.Since(begin); took > 3*time.Second {
+		t.Errorf("two signs of life took %v", took)
+	}
+	id := a.create("env", "{}")
+	a.wait(id, statusFinish)
+	if output := a.output(id); !strings.Contains(output, "JOB_ITEM_TASK_ID="+id) || strings.Contains(output, name) ||
+		strings.Contains(output, "WATCHDOG") {
+		t.Errorf("a task's environment is\n%s", output)
+	}
+	a.stop()
+	awaitMessage("STOPPING=1")
+}
+
+// A child that makes no progress is ended, and systemd's watchdog is fed until that has not helped either.
+func TestSilentChild(t *testing.T) {
+	name := notifySocket(t)
+	manager := listenAsServiceManager(t, name)
+	log := &lockedBuffer{}
+	system, err := newServiceNotifier(variables(map[string]string{"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "60000000"}), 1)
+	must(t, err)
+	cmd := exec.Command("sleep", "300")
+	must(t, cmd.Start())
+	t.Cleanup(func() { cmd.Process.Kill() })
+	s := &supervisor{system: system, log: slog.New(slog.NewTextHandler(log, nil))}
+	s.worker = keptChild{name: "worker process", process: &childProcess{cmd: cmd}}
+	s.checkLiveness(29 * time.Second)
+	if s.childEvent(childEvent{from: s.worker.process, notice: notice{Alive: true}}); s.worker.silent != 0 {
+		t.Errorf("a child that has just said that it lives is silent for %v", s.worker.silent)
+	}
+	s.checkLiveness(29 * time.Second)
+	if !alive(cmd.Process.Pid) || log.String() != "" {
+		t.Errorf("ended too early: %s", log)
+	}
+	s.checkLiveness(time.Second)
+	if err := cmd.Wait(); err == nil || err.Error() != "signal: killed" || !strings.Contains(log.String(), string(codeChildSilent)) {
+		t.Errorf("a silent child: %v\n%s", err, log)
+	}
+	s.worker.process = nil
+	s.checkLiveness(29 * time.Second)
+	must(t, s.system.status("59 s"))
+	s.checkLiveness(time.Second)
+	must(t, s.system.status("60 s"))
+	for _, want := range []string{
+		"WATCHDOG=1", "READY=1\nSTATUS=working", "WATCHDOG=1", "WATCHDOG=1", "WATCHDOG=1", "STATUS=59 s", "STATUS=60 s",
+	} {
+		if got := heard(t, manager); got != want {
+			t.Errorf("the service manager heard %q; want %q", got, want)
+		}
 	}
 }
