@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strconv"
@@ -26,6 +27,7 @@ func init() {
 	testRoles["reaper"] = roleReaper
 	testRoles["reaper-worker"] = roleReaperWorker
 	testRoles["reaper-load"] = roleReaperLoad
+	testRoles["first-process"] = roleFirstProcess
 }
 
 // roleReaper is a parent that runs a command, tells how it ended, and stops at SIGTERM. With "late" before the command
@@ -131,6 +133,33 @@ func roleReaperLoad([]string) int {
 	return 0
 }
 
+// roleFirstProcess becomes the program as a container's first process, which sees the container's processes in /proc.
+func roleFirstProcess(args []string) int {
+	err := syscall.Mount("", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, "")
+	if err == nil {
+		err = syscall.Mount("proc", "/proc", "proc", 0, "")
+	}
+	if err == nil {
+		var self string
+		if self, err = os.Executable(); err == nil {
+			err = syscall.Exec(self, append([]string{"job_item"}, args...), os.Environ())
+		}
+	}
+	fmt.Fprintln(os.Stderr, "first process:", err)
+	return 1
+}
+
+// ownNamespace makes a process the first of its own.
+func ownNamespace() *syscall.SysProcAttr {
+	attr := &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID | syscall.CLONE_NEWNS}
+	if os.Getuid() != 0 {
+		attr.Cloneflags |= syscall.CLONE_NEWUSER
+		attr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}}
+		attr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}}
+	}
+	return attr
+}
+
 // A reaperRole is a running role and what it says.
 type reaperRole struct {
 	*exec.Cmd
@@ -148,9 +177,7 @@ func startReaperRole(t *testing.T, attr *syscall.SysProcAttr, args ...string) *r
 	in, err := cmd.StdinPipe()
 	must(t, err)
 	if err := cmd.Start(); err != nil {
-		if attr != nil && attr.Cloneflags != 0 && (errors.Is(err, syscall.EPERM) || errors.Is(err, syscall.ENOSPC)) {
-			t.Skipf("this system lets nobody here make a namespace for processes: %v", err)
-		}
+		skipWithoutNamespaces(t, err)
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -161,6 +188,16 @@ func startReaperRole(t *testing.T, attr *syscall.SysProcAttr, args ...string) *r
 		cmd.Wait()
 	})
 	return &reaperRole{cmd, bufio.NewScanner(out), in}
+}
+
+// skipWithoutNamespaces skips the test if err says that the kernel gives us none.
+func skipWithoutNamespaces(t *testing.T, err error) {
+	t.Helper()
+	for _, refusal := range []error{syscall.EPERM, syscall.EACCES, syscall.ENOSPC, syscall.EINVAL} {
+		if errors.Is(err, refusal) {
+			t.Skipf("the kernel gives this user no namespace for processes: %v", err)
+		}
+	}
 }
 
 // line is the next line of the role.
@@ -232,16 +269,10 @@ func TestReaperEndsGroupOfKilledWorker(t *testing.T) {
 // Orphans are waited for, those that live are left alone, and SIGTERM is obeyed: by a parent as any process, and by one
 // that is the first in its container.
 func TestReaperWaitsForOrphans(t *testing.T) {
-	first := &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID}
-	if os.Getuid() != 0 {
-		first.Cloneflags |= syscall.CLONE_NEWUSER
-		first.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}}
-		first.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}}
-	}
 	for _, row := range []struct {
 		name string
 		attr *syscall.SysProcAttr
-	}{{"subreaper", nil}, {"first process", first}} {
+	}{{"subreaper", nil}, {"first process", ownNamespace()}} {
 		t.Run(row.name, func(t *testing.T) {
 			role := startReaperRole(t, row.attr, "reaper",
 				"sh", "-c", "for i in 1 2 3 4 5 6 7 8 9; do (sleep 0.0$i &); done; (sleep 300 &); exit 7")
@@ -314,5 +345,87 @@ func TestReaperTellsEnds(t *testing.T) {
 	assertChildren(t, role.Process.Pid, "sleep", "sleep")
 	if !alive(pids["code"]) || !alive(pids["term"]) || alive(pids["kill"]) {
 		t.Errorf("of %v others are left: %+v", pids, childrenOf(role.Process.Pid))
+	}
+}
+
+// TestFirstProcess has the program as the first process of a container: a task's orphans and those of a killed worker
+// leave no zombie, the task is run again, and SIGTERM stops everything.
+func TestFirstProcess(t *testing.T) {
+	a := newAgent(t, `
+drain_timeout: 100ms
+kill_after: 100ms
+jobs:
+  - {event: orphans, cmd: 'for i in 1 2 3; do (sleep 0.0$i &); (setsid sleep 0.0$i &); done'}
+  - {event: long, cmd: 'sleep 300 & (sleep 300 &); (setsid sleep 300 &); sleep 300'}
+`)
+	a.url = "http://" + configuredListen(t, a)
+	a.log = &lockedBuffer{}
+	a.cmd = cliCommand(t, nil, "test-role", "first-process", "--config", filepath.Join(a.dir, "config.yaml"))
+	a.cmd.Stderr = a.log
+	a.cmd.SysProcAttr = ownNamespace()
+	if err := a.cmd.Start(); err != nil {
+		skipWithoutNamespaces(t, err)
+		t.Fatal(err)
+	}
+	gone := make(chan struct{})
+	a.gone = gone
+	go func() { a.cmd.Wait(); close(gone) }() // ends with the parent
+	t.Cleanup(func() {
+		a.cmd.Process.Kill()
+		<-gone
+	})
+	healthy := func() string {
+		select {
+		case <-gone:
+			if strings.Contains(a.log.String(), "first process: operation not permitted") {
+				t.Skip("the kernel lets this user mount no /proc")
+			}
+			t.Fatalf("job_item ended early:\n%s", a.log)
+		default:
+		}
+		if status := a.health().Status; status != "ok" {
+			return "health is " + status + "\n" + a.log.String()
+		}
+		return ""
+	}
+	waitFor(t, 20*time.Second, healthy)
+	a.wait(a.create("orphans", "{}"), statusFinish)
+	children := func() (names []string) {
+		for _, child := range childrenOf(a.cmd.Process.Pid) {
+			if child.dead() {
+				names = append(names, "a zombie of")
+			}
+			names = append(names, child.name)
+		}
+		return names
+	}
+	waitFor(t, 5*time.Second, func() string {
+		if now := children(); len(now) != 1 || now[0] == "sleep" {
+			return fmt.Sprintf("the first process's children are %q; want the worker alone", now)
+		}
+		return ""
+	})
+	worker := childrenOf(a.cmd.Process.Pid)[0].pid
+	long := a.create("long", "{}")
+	a.wait(long, statusRunning)
+	waitFor(t, 5*time.Second, func() string {
+		if now := children(); len(now) != 3 {
+			return fmt.Sprintf("the first process's children are %q; want the worker and two sleeps", now)
+		}
+		return ""
+	})
+	must(t, syscall.Kill(worker, syscall.SIGKILL))
+	waitFor(t, 10*time.Second, func() string {
+		if v := a.task(long); v.Attempt != 2 || v.Status != statusRunning {
+			return fmt.Sprintf("the task is %s at attempt %d", v.Status, v.Attempt)
+		}
+		if now := children(); len(now) != 3 || slices.Contains(now, "a zombie of") {
+			return fmt.Sprintf("the first process's children are %q; want the worker and two sleeps", now)
+		}
+		return ""
+	})
+	a.stop()
+	if code := a.cmd.ProcessState.ExitCode(); code != exitOK {
+		t.Errorf("exit code %d after SIGTERM\n%s", code, a.log)
 	}
 }
