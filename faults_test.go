@@ -9,12 +9,16 @@ package main
 import (
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 )
 
 // smallDisk mounts a file system of its own in a new folder.
@@ -33,6 +37,21 @@ func smallDisk(t testing.TB, size string) string {
 		}
 	})
 	return dir
+}
+
+// setReadOnly makes a small disk read-only, or writable again; it must not be written to at that moment.
+func setReadOnly(t testing.TB, dir string, readOnly bool) {
+	t.Helper()
+	flags := uintptr(syscall.MS_REMOUNT)
+	if readOnly {
+		flags |= syscall.MS_RDONLY
+	}
+	waitFor(t, 5*time.Second, func() string { // a killed process lets go of its files a little later
+		if err := syscall.Mount("", dir, "", flags, ""); err != nil {
+			return "remount: " + err.Error()
+		}
+		return ""
+	})
 }
 
 // fill leaves nothing of a disk but free bytes, in the way that a log file of somebody else does.
@@ -229,5 +248,248 @@ jobs:
 	}
 	if testing.Verbose() {
 		t.Logf("log: %s\n%s", strings.ReplaceAll(text, strings.Repeat("-", 8000), "---"), a.log)
+	}
+}
+
+// TestDataDirReadOnly starts a worker on a read-only data_dir, lets it run when that is mended, and has the disk become
+// read-only while its worker is dead, with a task to be taken up.
+func TestDataDirReadOnly(t *testing.T) {
+	disk := smallDisk(t, "8m")
+	setReadOnly(t, disk, true)
+	a := newAgent(t, `
+data_dir: `+disk+`/data
+take_when: {disk_free: 0}
+jobs:
+  - {event: long, cmd: 'echo run >> runs; test -e go || sleep 60'}
+`)
+	a.launch()
+	waitFor(t, 10*time.Second, func() string {
+		if h := a.health(); h.Status != "starting" || !strings.Contains(fmt.Sprint(h.Problems), "read-only file system") {
+			return fmt.Sprintf("health is %+v\n%s", h, a.log)
+		}
+		return ""
+	})
+	a.quote("read-only at start")
+	code, answer := a.post("/job/create", `{"event":"long"}`)
+	if code != 503 {
+		t.Errorf("create = %d %s", code, answer)
+	}
+	t.Logf("create answers %d %s", code, answer)
+	setReadOnly(t, disk, false)
+	a.awaitHealth("ok", "")
+	id := a.create("long", "{}")
+	a.wait(id, statusRunning)
+
+	// The parent stands still, so that no worker opens the journal again before the disk is read-only.
+	worker := a.childPID()
+	a.cmd.Process.Signal(syscall.SIGSTOP)
+	syscall.Kill(worker, syscall.SIGKILL)
+	setReadOnly(t, disk, true)
+	a.cmd.Process.Signal(syscall.SIGCONT)
+	waitFor(t, 10*time.Second, func() string {
+		if h := a.health(); !strings.Contains(fmt.Sprint(h.Problems), "read-only file system") {
+			return fmt.Sprintf("health is %+v\n%s", h, a.log)
+		}
+		return ""
+	})
+	a.quote("read-only after a crash")
+	a.write("go", "")
+	setReadOnly(t, disk, false)
+	if v := a.wait(id, statusFinish); v.Attempt != 2 {
+		t.Errorf("task = %+v", v)
+	}
+	if runs, _ := os.ReadFile(filepath.Join(a.dir, "runs")); string(runs) != "run\nrun\n" {
+		t.Errorf("the task ran %q", runs)
+	}
+	if testing.Verbose() {
+		t.Logf("\n%s", a.log)
+	}
+}
+
+// limit changes a soft limit of a running process of this user.
+func limit(pid, resource int, soft uint64) error {
+	var both syscall.Rlimit
+	prlimit := func(set, get *syscall.Rlimit) error {
+		if _, _, errno := syscall.RawSyscall6(syscall.SYS_PRLIMIT64, uintptr(pid), uintptr(resource),
+			uintptr(unsafe.Pointer(set)), uintptr(unsafe.Pointer(get)), 0, 0); errno != 0 {
+			return fmt.Errorf("limit %d of process %d: %w", resource, pid, errno)
+		}
+		return nil
+	}
+	err := prlimit(nil, &both)
+	both.Cur = min(soft, both.Max)
+	return errors.Join(err, prlimit(&both, nil))
+}
+
+func init() {
+	// limit RESOURCE SOFT PID… changes a soft limit of processes.
+	testRoles["limit"] = func(args []string) int {
+		var err error
+		resource, _ := strconv.Atoi(args[0])
+		soft, _ := strconv.ParseUint(args[1], 10, 64)
+		for _, arg := range args[2:] {
+			pid, _ := strconv.Atoi(arg)
+			err = errors.Join(err, limit(pid, resource, soft))
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		return 0
+	}
+}
+
+// limit changes a soft limit of the agent's processes; pids that are 0 are left out.
+func (a *agent) limit(resource int, soft uint64, pids ...int) {
+	a.t.Helper()
+	args := []string{"test-role", "limit", strconv.Itoa(resource), strconv.FormatUint(soft, 10)}
+	for _, pid := range pids {
+		if pid != 0 {
+			args = append(args, strconv.Itoa(pid))
+		}
+	}
+	cmd := exec.Command(a.cmd.Path, args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: a.user} // only a user's own processes, where root may not do all
+	if out, err := cmd.CombinedOutput(); err != nil {
+		a.t.Fatalf("%v: %s", err, out)
+	}
+}
+
+// openFiles is how many descriptors a process has.
+func openFiles(t testing.TB, pid int) uint64 {
+	t.Helper()
+	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return uint64(len(entries))
+}
+
+// TestNoDescriptors takes the descriptors away from a worker with a running task and waiting ones.
+func TestNoDescriptors(t *testing.T) {
+	a := newAgent(t, `
+concurrency: 2
+jobs:
+  - {event: long, cmd: 'until test -e go; do sleep 0.05; done; echo ended'}
+  - {event: quick, cmd: 'echo $JOB_ITEM_TASK_ID >> quick.runs'}
+`).start()
+	long := a.create("long", "{}")
+	a.wait(long, statusRunning)
+	quick := a.create("quick", "{}")
+	a.wait(quick, statusFinish)
+	pid := a.childPID()
+	// What is there may be used on, one connection more is accepted, and then there is none left for a command's pipes.
+	a.limit(syscall.RLIMIT_NOFILE, openFiles(t, pid)+1, pid)
+	var ids []string
+	for range 5 {
+		ids = append(ids, a.create("quick", "{}"))
+	}
+	a.awaitHealth("degraded", "too many open files")
+	a.quote("out of descriptors")
+	a.write("go", "")
+	a.wait(long, statusFinish)
+	a.limit(syscall.RLIMIT_NOFILE, 3, pid) // now no connection is accepted either
+	http.DefaultClient.CloseIdleConnections()
+	client := http.Client{Timeout: 300 * time.Millisecond, Transport: &http.Transport{DisableKeepAlives: true}}
+	if resp, err := client.Get(a.url + "/health"); err == nil {
+		resp.Body.Close()
+		t.Log("a connection was still accepted")
+	} else {
+		t.Logf("no descriptor at all: /health: %v", err)
+	}
+	a.limit(syscall.RLIMIT_NOFILE, 1000, pid)
+	a.awaitHealth("ok", "")
+	for _, id := range ids {
+		if v := a.wait(id, statusFinish); v.Attempt != 1 {
+			t.Errorf("task = %+v", v)
+		}
+	}
+	if a.childPID() != pid {
+		t.Error("the worker was replaced")
+	}
+	if testing.Verbose() {
+		t.Logf("\n%s", a.log)
+	}
+}
+
+// freeUser is a user id that no process of this host has.
+const freeUser = 61_234
+
+// asFreeUser lets an agent run as a user of its own, whom limits on processes apply to, unlike root.
+func (a *agent) asFreeUser() {
+	a.t.Helper()
+	if os.Getuid() != 0 {
+		a.t.Skip("only root can run a worker as a user of its own")
+	}
+	self, err := os.Executable()
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	// A folder of go test's is closed to others.
+	binary, err := os.ReadFile(self)
+	if err == nil {
+		a.program = filepath.Join(a.dir, "job_item.test")
+		err = os.WriteFile(a.program, binary, 0o755)
+	}
+	err = errors.Join(err, os.Chmod(filepath.Dir(a.dir), 0o755))
+	for _, path := range []string{a.dir, filepath.Join(a.dir, "config.yaml")} {
+		err = errors.Join(err, os.Chown(path, freeUser, freeUser))
+	}
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	a.user = &syscall.Credential{Uid: freeUser, Gid: freeUser}
+}
+
+const rlimitProcesses = 6 // RLIMIT_NPROC, which package syscall does not have
+
+// threadsOf counts the threads of a user, which is what the limit on processes counts.
+func threadsOf(t testing.TB, uid int) (threads uint64) {
+	t.Helper()
+	tasks, err := filepath.Glob("/proc/[0-9]*/task/[0-9]*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, task := range tasks {
+		if info, err := os.Stat(task); err == nil && int(info.Sys().(*syscall.Stat_t).Uid) == uid {
+			threads++
+		}
+	}
+	return threads
+}
+
+// TestNoProcesses takes the right to fork away from a worker and its parent.
+func TestNoProcesses(t *testing.T) {
+	a := newAgent(t, `
+concurrency: 4
+jobs:
+  - {event: long, cmd: 'until test -e go; do sleep 0.05; done; echo ended'}
+  - {event: quick, cmd: 'echo $JOB_ITEM_TASK_ID >> quick.runs'}
+`)
+	a.asFreeUser()
+	a.start()
+	a.wait(a.create("quick", "{}"), statusFinish)
+	pid := a.childPID()
+	threads := threadsOf(t, freeUser)
+	a.limit(rlimitProcesses, threads, pid, a.cmd.Process.Pid)
+	var ids []string
+	for range 40 {
+		ids = append(ids, a.create("quick", "{}"))
+	}
+	time.Sleep(10 * time.Second)
+	t.Log(threads, threadsOf(t, freeUser), a.health())
+	if p := a.childPID(); p == pid {
+		a.limit(rlimitProcesses, 10_000, pid, a.cmd.Process.Pid)
+	} else {
+		a.limit(rlimitProcesses, 10_000, a.cmd.Process.Pid)
+	}
+	a.awaitHealth("ok", "")
+	for _, id := range ids {
+		if v := a.wait(id, statusFinish); v.Attempt != 1 {
+			t.Errorf("task = %+v", v)
+		}
+	}
+	if testing.Verbose() {
+		t.Logf("\n%s", a.log)
 	}
 }

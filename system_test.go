@@ -27,10 +27,14 @@ import (
 
 // An agent is job_item running in a folder of its own.
 type agent struct {
-	t    testing.TB
-	dir  string
-	env  []string
-	cmd  *exec.Cmd
+	t   testing.TB
+	dir string
+	env []string
+	cmd *exec.Cmd
+
+	program string              // other than the test binary itself; "" for that
+	user    *syscall.Credential // other than the one that runs the tests; nil for that
+
 	url  string
 	log  *lockedBuffer
 	gone chan struct{} // closed when the parent has ended
@@ -104,6 +108,10 @@ func (a *agent) launch() {
 	a.log = &lockedBuffer{}
 	a.cmd = cliCommand(a.t, a.env, "--config", filepath.Join(a.dir, "config.yaml"))
 	a.cmd.Stderr = a.log
+	if a.program != "" {
+		a.cmd.Path = a.program
+	}
+	a.cmd.SysProcAttr = &syscall.SysProcAttr{Credential: a.user}
 	if err := a.cmd.Start(); err != nil {
 		a.t.Fatal(err)
 	}
