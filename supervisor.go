@@ -59,6 +59,7 @@ func runParent(ctx context.Context, inv *invocation) int {
 	// Whoever reads the log may go away, which is no reason to stop.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 
+	reserveThreads(parentThreads)
 	s := newSupervisor(cfg, newLogger(inv.stderr, cfg), inv.stderr)
 	if err := s.openSocket(cfg.Listen, bindPatience); err != nil {
 		inv.printError(err)
