@@ -458,7 +458,8 @@ func threadsOf(t testing.TB, uid int) (threads uint64) {
 	return threads
 }
 
-// TestNoProcesses takes the right to fork away from a worker and its parent.
+// TestNoProcesses leaves a worker and its parent no process more, and then only few. A start fails, the task waits, and
+// nobody dies of it: Go ends a process that cannot make a thread, with all its tasks.
 func TestNoProcesses(t *testing.T) {
 	a := newAgent(t, `
 concurrency: 4
@@ -469,27 +470,113 @@ jobs:
 	a.asFreeUser()
 	a.start()
 	a.wait(a.create("quick", "{}"), statusFinish)
-	pid := a.childPID()
-	threads := threadsOf(t, freeUser)
-	a.limit(rlimitProcesses, threads, pid, a.cmd.Process.Pid)
+	parent, worker := a.cmd.Process.Pid, a.childPID()
+	a.limit(rlimitProcesses, threadsOf(t, freeUser), parent, worker)
 	var ids []string
 	for range 40 {
 		ids = append(ids, a.create("quick", "{}"))
 	}
-	time.Sleep(10 * time.Second)
-	t.Log(threads, threadsOf(t, freeUser), a.health())
-	if p := a.childPID(); p == pid {
-		a.limit(rlimitProcesses, 10_000, pid, a.cmd.Process.Pid)
-	} else {
-		a.limit(rlimitProcesses, 10_000, a.cmd.Process.Pid)
+	a.awaitHealth("degraded", "resource temporarily unavailable")
+	a.quote("no process more")
+	a.limit(rlimitProcesses, threadsOf(t, freeUser)+2, parent, worker)
+	for _, id := range ids[:20] {
+		a.wait(id, statusFinish)
 	}
-	a.awaitHealth("ok", "")
+	a.limit(rlimitProcesses, 10_000, parent, worker)
 	for _, id := range ids {
 		if v := a.wait(id, statusFinish); v.Attempt != 1 {
 			t.Errorf("task = %+v", v)
 		}
 	}
+	a.awaitHealth("ok", "")
+	if a.childPID() != worker {
+		t.Errorf("the worker has died:\n%s", a.log)
+	}
 	if testing.Verbose() {
 		t.Logf("\n%s", a.log)
+	}
+}
+
+func TestClockJumps(t *testing.T) {
+	farFuture, farPast := time.Now().AddDate(200, 0, 0), time.Unix(-1e9, 0)
+	for _, row := range []struct {
+		due  time.Time
+		want time.Duration
+	}{{time.Time{}, 0}, {farPast, 0}, {farFuture, maxRetryPause}} {
+		if got := pauseUntil(row.due); got != row.want {
+			t.Errorf("pauseUntil(%v) = %v; want %v", row.due, got, row.want)
+		}
+	}
+	if got := pauseUntil(laterOf(farPast, time.Minute)); got < 50*time.Second || got > time.Minute {
+		t.Errorf("a pause of a minute lasts %v", got)
+	}
+
+	// A journal written under other clocks is taken up whole.
+	dir := t.TempDir()
+	j, _, err := openJournal(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, at := range []time.Time{farPast, farFuture} {
+		task := journalTask{ID: fmt.Sprint("task-", i), Event: "job", CreatedAt: at, Due: at, Failures: 1}
+		if _, err := j.accept(task, []byte("{}")); err != nil {
+			t.Fatal(err)
+		}
+		outcome := taskFinished{TaskID: fmt.Sprint("ended-", i), Event: "job", Status: statusFinish,
+			CreatedAt: farFuture, StartedAt: farFuture, FinishedAt: at}
+		if _, err := j.accept(journalTask{ID: outcome.TaskID, Event: "job", CreatedAt: at}, []byte("{}")); err != nil {
+			t.Fatal(err)
+		}
+		if err := j.finished(outcome); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := j.close(); err != nil {
+		t.Fatal(err)
+	}
+	j, found, err := openJournal(dir)
+	if err != nil || len(found) != 4 {
+		t.Fatalf("%d tasks, %v", len(found), err)
+	}
+	defer j.close()
+
+	// Records that finished "later" than now count from now, so that they are forgotten in their time; one from the far
+	// past is forgotten at once. A task never lasts less than nothing.
+	dir = t.TempDir()
+	r, err := openRecords(dir, Retain{Tasks: 100, Log: 1000})
+	if err == nil {
+		err = r.takeOver()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, task := range found {
+		if task.Outcome != nil {
+			r.handle(*task.Outcome)
+		}
+	}
+	for _, rec := range r.list(recordFilter{}) {
+		if rec.DurationMS < 0 {
+			t.Errorf("%s lasted %d ms", rec.TaskID, rec.DurationMS)
+		}
+	}
+	if err := r.close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, row := range []struct {
+		age  time.Duration
+		want int
+	}{{time.Hour, 1}, {time.Nanosecond, 0}} {
+		r, err := openRecords(dir, Retain{Tasks: 100, Log: 1000, Age: row.age})
+		if err == nil {
+			err = r.takeOver()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := r.list(recordFilter{}); len(got) != row.want {
+			t.Errorf("%d records are kept for %v; want %d", len(got), row.age, row.want)
+		}
+		r.close()
 	}
 }

@@ -369,7 +369,7 @@ func (r *records) find(id string) (rec record, folder, ok bool) {
 		defer t.mu.Unlock()
 		rec = t.record
 		if rec.Status == statusRunning && rec.StartedAt != nil {
-			rec.DurationMS = time.Since(*rec.StartedAt).Milliseconds()
+			rec.DurationMS = max(0, time.Since(*rec.StartedAt).Milliseconds())
 		}
 		return rec, t.folder.Load(), t.started
 	case e == nil || err != nil:

@@ -13,6 +13,7 @@ import (
 	"io"
 	"os"
 	"slices"
+	"time"
 )
 
 const (
@@ -60,6 +61,7 @@ func (x *recordIndex) open(path string) error {
 	}
 	reader := bufio.NewReaderSize(x.file, 64<<10)
 	events := map[string]string{} // one string for all tasks of a job
+	now := time.Now().UnixNano()
 	for {
 		line, length, err := readLine(reader, maxRecordLine)
 		if err == io.EOF {
@@ -75,7 +77,8 @@ func (x *recordIndex) open(path string) error {
 			}
 			x.insert(&indexEntry{
 				id: stored.TaskID, event: events[stored.Event], status: stored.Status, offset: x.size, length: length,
-				created: unixNano(stored.CreatedAt), finished: unixNano(stored.FinishedAt),
+				// A clock that was ahead when the task finished must not keep its record, and those after it, for ever.
+				created: unixNano(stored.CreatedAt), finished: min(unixNano(stored.FinishedAt), now),
 			})
 			x.kept += int64(length)
 		}

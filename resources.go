@@ -24,7 +24,7 @@ func (w *worker) watchResources(ctx context.Context) {
 		cfg := w.config()
 		short := shortage(cfg.TakeWhen, cfg.DataDir)
 		w.setProblem("resources", short)
-		w.setProblem("records", w.records.mend())
+		w.setProblem("record writes", w.records.mend())
 		if short == "" {
 			short = w.journalFault()
 		}

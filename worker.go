@@ -116,6 +116,7 @@ func newWorker(cfg *Config, baseURL string, recs *records, bus *eventBus, orders
 		return nil, err
 	}
 	w.links = []*brokerLink{w.link}
+	reserveThreads(cfg.Concurrency + workerThreads)
 	w.spawner = startSpawner()
 	return w, nil
 }
@@ -216,7 +217,7 @@ func (w *worker) recover(found []journalTask) {
 				w.setProblem("job "+t.Event, fmt.Sprintf("tasks wait for job %q, which is not configured", t.Event))
 			}
 			w.control(recovered)
-			w.enqueueAt(recovered, t.Due)
+			w.enqueueAt(recovered, laterOf(t.Due, crashPause(t.Crashes)))
 		}
 	}
 	if waiting > 0 {
@@ -385,8 +386,8 @@ func (w *worker) nameOf(event string) string {
 
 // enqueueAt lets a task wait for a slot from due on (zero: now).
 func (w *worker) enqueueAt(t *task, due time.Time) {
-	pause := time.Until(due)
-	if due.IsZero() || pause <= 0 {
+	pause := pauseUntil(due)
+	if pause == 0 {
 		w.queue.add(t)
 		return
 	}
