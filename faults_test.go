@@ -9,12 +9,16 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -579,4 +583,173 @@ func TestClockJumps(t *testing.T) {
 		}
 		r.close()
 	}
+}
+
+// A brokenDisk refuses every write while it is broken.
+type brokenDisk struct {
+	journalFile
+	broken *atomic.Bool
+}
+
+func (d brokenDisk) WriteAt(p []byte, off int64) (int, error) {
+	if d.broken.Load() {
+		return 0, syscall.EROFS
+	}
+	return d.journalFile.WriteAt(p, off)
+}
+
+// TestStopWhileJournalIsBroken stops a worker that cannot note how its tasks end: it stops in time, and they run again.
+func TestStopWhileJournalIsBroken(t *testing.T) {
+	dir := t.TempDir()
+	jobs := "jobs: [{event: job, cmd: 'echo run >> runs; until test -e go; do sleep 0.02; done'}]\n"
+	w, stop := openWorkerForTest(t, dir, jobs)
+	var broken atomic.Bool
+	w.journal.mu.Lock()
+	w.journal.wrap = func(s *segment) { s.file = brokenDisk{s.file, &broken} }
+	w.journal.wrap(w.journal.tail())
+	w.journal.mu.Unlock()
+	for range 3 {
+		if _, err := w.create(t.Context(), "", "job", nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	running := int64(min(3, w.config().Concurrency))
+	waitRuns(t, w, running)
+	broken.Store(true)
+	if _, err := w.create(t.Context(), "", "job", nil); codeOf(err) != codeJournalWrite {
+		t.Errorf("create = %v; want %s", err, codeJournalWrite)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "go"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	waitRuns(t, w, 0) // their ends wait for the journal
+	if h := w.health(); h.Status != healthDown || !strings.Contains(fmt.Sprint(h.Problems), string(codeJournalWrite)) {
+		t.Errorf("health is %+v", h)
+	}
+	began := time.Now()
+	stop()
+	if took := time.Since(began); took > settleTimeout {
+		t.Errorf("stopping took %v", took)
+	}
+	broken.Store(false)
+
+	w, stop = openWorkerForTest(t, dir, jobs)
+	waitFor(t, 10*time.Second, func() string {
+		if h := w.health(); h.Jobs.Finish != 3 {
+			return fmt.Sprintf("health is %+v", h)
+		}
+		return ""
+	})
+	stop()
+}
+
+// times is a sample of how long something took.
+type times []time.Duration
+
+func (d times) String() string {
+	slices.Sort(d)
+	return fmt.Sprintf("median %v, p99 %v, longest %v", d[len(d)/2].Round(time.Microsecond),
+		d[len(d)*99/100].Round(time.Microsecond), d[len(d)-1].Round(time.Microsecond))
+}
+
+// timed asks for something a few times.
+func (a *agent) timed(path string, n int) (took times) {
+	for range n {
+		began := time.Now()
+		a.getJSON(path, &struct{}{})
+		took = append(took, time.Since(began))
+	}
+	return took
+}
+
+// memoryOf is what a process holds in memory, shared pages counted in part, in MiB.
+func memoryOf(t testing.TB, pid int) float64 {
+	t.Helper()
+	rollup, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(rollup), "Pss:")
+	kb, _ := strconv.ParseFloat(strings.Fields(rest)[0], 64)
+	return kb / 1024
+}
+
+// TestFlood lets very many tasks wait, through a crash, and then run. JOB_ITEM_TEST_FLOOD=100000 makes it a real flood,
+// of about three minutes; -v shows the figures.
+func TestFlood(t *testing.T) {
+	tasks := 2000
+	if n, err := strconv.Atoi(os.Getenv("JOB_ITEM_TEST_FLOOD")); err == nil {
+		tasks = n
+	}
+	a := newAgent(t, `
+concurrency: 4
+take_when: {disk_free: 1000000GiB}
+jobs:
+  - {event: quick, cmd: 'true'}
+`).start()
+	a.awaitHealth("degraded", "take_when.disk_free")
+	t.Logf("idle: parent %.1f MiB, worker %.1f MiB", memoryOf(t, a.cmd.Process.Pid), memoryOf(t, a.childPID()))
+
+	began := time.Now()
+	var took times
+	var mu sync.Mutex
+	var clients sync.WaitGroup
+	client := http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 16}}
+	defer client.CloseIdleConnections()
+	for c := range 16 {
+		clients.Add(1)
+		go func() {
+			defer clients.Done()
+			for i := c; i < tasks; i += 16 {
+				began := time.Now()
+				resp, err := client.Post(a.url+"/job/create", "application/json",
+					strings.NewReader(`{"event":"quick","form_body":{"number":`+strconv.Itoa(i)+`,"text":"some data of a task"}}`))
+				if err != nil || resp.StatusCode != 200 {
+					t.Errorf("create = %v, %v", resp, err)
+					return
+				}
+				io.Copy(io.Discard, resp.Body)
+				resp.Body.Close()
+				mu.Lock()
+				took = append(took, time.Since(began))
+				mu.Unlock()
+			}
+		}()
+	}
+	clients.Wait()
+	t.Logf("%d tasks created in %v: %v", tasks, time.Since(began).Round(time.Millisecond), took)
+	figures := func(when string) {
+		t.Helper()
+		t.Logf("%s: parent %.1f MiB, worker %.1f MiB", when, memoryOf(t, a.cmd.Process.Pid), memoryOf(t, a.childPID()))
+		t.Logf("%s: /health %v", when, a.timed("/health", 200))
+		t.Logf("%s: /jobs %v", when, a.timed("/jobs", 200))
+	}
+	figures("waiting")
+
+	worker := a.childPID()
+	began = time.Now()
+	syscall.Kill(worker, syscall.SIGKILL)
+	waitFor(t, 60*time.Second, func() string {
+		if h := a.health(); a.childPID() == worker || h.Jobs["queued"] != tasks {
+			return fmt.Sprintf("health is %+v; want %d queued", h, tasks)
+		}
+		return ""
+	})
+	t.Logf("%d tasks are there again %v after the worker was killed", tasks, time.Since(began).Round(time.Millisecond))
+	figures("taken up")
+
+	config, err := os.ReadFile(filepath.Join(a.dir, "config.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	began = time.Now()
+	a.write("config.yaml", strings.Replace(string(config), "1000000GiB", "1KiB", 1))
+	waitFor(t, 10*time.Minute, func() string {
+		if h := a.health(); h.Status != "ok" || h.Jobs["finish"] != tasks {
+			return fmt.Sprintf("health is %+v; want %d finished", h, tasks)
+		}
+		return ""
+	})
+	t.Logf("all have run %v after they were let", time.Since(began).Round(time.Millisecond))
+	figures("afterwards")
 }
