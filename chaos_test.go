@@ -356,7 +356,7 @@ func (w *chaosWorker) child(command string) int {
 
 // suffer is what is done to one worker.
 func (w *chaosWorker) suffer(ctx context.Context, random *rand.Rand) {
-	for pauseFor(ctx, 100*time.Millisecond+upTo(random, 2500*time.Millisecond)) {
+	for pauseFor(ctx, 100*time.Millisecond+upTo(random, min(2500*time.Millisecond, w.run.duration/8))) {
 		if w.hasEnded() { // like an init system
 			if w.wanted && !strings.Contains(w.lastLines(5), "address already in use") {
 				w.t.Errorf("%s has ended by itself:\n%s", w.name, w.lastLines(40))
