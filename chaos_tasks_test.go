@@ -52,7 +52,13 @@ notes=$CHAOS_NOTES/$JOB_ITEM_TASK_ID
 note() { echo "$1 $CHAOS_WORKER $JOB_ITEM_ATTEMPT $$ $(date +%s%N)" >> "$notes"; }
 exec 9>> "$notes"
 flock -n 9 || { note overlap; exit 97; }
-rest() { if [ "$CHAOS_LOCK_FAMILY" ]; then sleep "$1"; else sleep "$1" 9>&-; fi; }
+if [ "$CHAOS_LOCK_FAMILY" ]; then
+	rest() { sleep "$1"; }
+	beside() { sleep 60 & }
+else
+	rest() { sleep "$1" 9>&-; }
+	beside() { sleep 60 9>&- & }
+fi
 [ "$1" = stubborn ] && trap '' TERM
 note begin
 case $1 in
@@ -60,9 +66,9 @@ some | stubborn) rest "$2" ;;
 print) seq 20000 ;;
 flaky) test "$(grep -c ^end "$notes")" -ge 2 || { note end; exit 1; } ;;
 fail) echo why >&2; note end; exit 3 ;;
-family) rest 60 & rest 60 & rest "$2" ;;
+family) beside; beside; rest "$2" ;;
 narrow) exec 8>> "$CHAOS_NOTES/../narrow-$CHAOS_WORKER"; flock -n 8 || note crowd; rest "$2" 8>&- ;;
-slow | endless) rest 60 & wait ;;
+slow | endless) beside; wait ;;
 esac
 note end
 `
