@@ -426,16 +426,19 @@ func (c *chaosRun) check(t *chaosTask, notes []chaosNote) string {
 	// Where a broker holds the task that holds until the broker knows, too.
 	for i := once; i < len(ends); i++ {
 		c.count("completed again", 1)
-		if ends[i].worker == ends[i-1].worker || c.server != nil {
-			begin := lastBegin(notes, ends[i].at)
-			if !c.struckBetween(ends[i-1].worker, ends[i-1].at, begin) {
-				return "it ran to its end again, and nothing was killed in between"
-			}
+		blow, struck := c.struckBetween(ends[i-1].worker, ends[i-1].at, lastBegin(notes, ends[i].at))
+		if !struck {
+			return "it ran to its end again, and nothing was killed in between"
 		}
+		c.t.Logf("task %s (%s) was completed again: it had ended at %s, then %s (%s)",
+			t.id, t.job.event, ends[i-1].at.Format("15:04:05.000"), blow.what, blow.from.Sub(ends[i-1].at))
 	}
-	if t.job.event == "print" && begun == 1 && (c.server == nil || !c.struckBetween(ends[0].worker, notes[0].at, ends[0].at.Add(5*time.Second))) &&
-		t.printed != chaosPrinted {
-		return fmt.Sprintf("of its output of %d bytes %d arrived", chaosPrinted, t.printed)
+	if t.job.event == "print" && begun == 1 && t.printed != chaosPrinted {
+		// Output that is on its way to a broker dies with the worker.
+		_, struck := c.struckBetween(ends[0].worker, notes[0].at, ends[0].at.Add(5*time.Second))
+		if c.server == nil || !struck {
+			return fmt.Sprintf("of its output of %d bytes %d arrived", chaosPrinted, t.printed)
+		}
 	}
 	return ""
 }
@@ -451,13 +454,16 @@ func lastBegin(notes []chaosNote, at time.Time) time.Time {
 	return last
 }
 
-// struckBetween reports whether the worker or the broker was dealt a blow between two moments.
-func (c *chaosRun) struckBetween(worker string, from, to time.Time) bool {
+// struckBetween gives the first blow to the worker or the broker that fell between two moments, if there was one.
+func (c *chaosRun) struckBetween(worker string, from, to time.Time) (first chaosBlow, struck bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return slices.ContainsFunc(c.blows, func(b chaosBlow) bool {
-		return (b.worker == worker || b.worker == "") && b.to.After(from) && b.from.Before(to)
-	})
+	for _, b := range c.blows {
+		if (b.worker == worker || b.worker == "") && b.to.After(from) && b.from.Before(to) && (!struck || b.from.Before(first.from)) {
+			first, struck = b, true
+		}
+	}
+	return first, struck
 }
 
 // story is all that is known of a task, for a complaint.
