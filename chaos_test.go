@@ -37,7 +37,7 @@ const (
 //	CHAOS_TIME=10m CHAOS_BROKER=nats-durable CHAOS_SEED=123 go test -run 'TestChaos$' -timeout 0 -v .
 //
 // CHAOS_BROKER is local or a name in brokerKinds, CHAOS_WORKERS how many workers share the broker. Without variables it
-// is short. The same seed gives each victim the same sequence of attacks; when they come depends on the machine, too.
+// is short. CHAOS_KEEP is a folder for logs and notes. The same seed gives each victim the same sequence of attacks; when they come depends on the machine, too.
 func TestChaos(t *testing.T) {
 	duration, err := time.ParseDuration(os.Getenv("CHAOS_TIME"))
 	if err == nil {
@@ -151,6 +151,7 @@ func runChaos(t *testing.T, broker string, duration time.Duration, workers int) 
 	}
 	c.awaitHealthy()
 	c.awaitQuiet()
+	c.awaitSettled()
 	endWatch()
 	watching.Wait()
 	strays := c.processes("JOB_ITEM_TASK_ID=")
@@ -204,6 +205,35 @@ func (c *chaosRun) awaitHealthy() {
 			return ""
 		})
 	}
+}
+
+// awaitSettled waits until every worker is well and runs what its last configuration says.
+func (c *chaosRun) awaitSettled() {
+	c.t.Helper()
+	for _, w := range c.workers {
+		exec := fmt.Sprintf("CHAOS_GENERATION=%d", w.generation)
+		waitFor(c.t, 20*time.Second, func() string {
+			if h := w.health(); h.Status != "ok" {
+				return fmt.Sprintf("health of %s is %+v\n%s", w.name, h, w.lastLines(30))
+			}
+			if got := w.execs(); len(got) != 1 || got[0] != exec {
+				return fmt.Sprintf("execs of %s are %q; want %s\n%s", w.name, got, exec, w.lastLines(30))
+			}
+			return ""
+		})
+	}
+}
+
+// execs gives the generation of each background process of the worker.
+func (w *chaosWorker) execs() (found []string) {
+	eachProcess(func(p procStat) {
+		environ, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", p.pid))
+		generation := regexp.MustCompile(`CHAOS_GENERATION=\d+`).Find(environ)
+		if err == nil && !p.dead() && generation != nil && holdsEntries(environ, []string{"JOB_ITEM_BASE_URL=" + w.url}) {
+			found = append(found, string(generation))
+		}
+	})
+	return found
 }
 
 // restartBroker kills the broker and starts it again, now and then.
@@ -275,7 +305,7 @@ kill_after: %v
 max_deliveries: 1000 # its tasks are not to blame
 retain: {tasks: 200000}
 execs:
-  - {key: beside, cmd: 'exec sleep 1000', attempt: 1000, env: {GENERATION: "%d"}}
+  - {key: beside, cmd: 'exec sleep 1000', attempt: 1000, env: {CHAOS_GENERATION: "%d"}}
 `, w.port, w.name, concurrency, chaosDrain, chaosKillAfter, exec)
 	if w.run.server != nil {
 		text += "broker_connection: " + w.run.kind.connection(w.run.server) + "\n"
@@ -400,8 +430,10 @@ func (w *chaosWorker) suffer(ctx context.Context, random *rand.Rand) {
 				w.run.struck(from, w.name, "workers halted")
 			}
 		case attack < 15:
+			what := "stops"
 			w.cmd.Process.Signal(syscall.SIGTERM)
 			if variant == 0 {
+				what = "stops at once"
 				time.Sleep(pause)
 				w.cmd.Process.Signal(syscall.SIGTERM)
 			}
@@ -412,22 +444,19 @@ func (w *chaosWorker) suffer(ctx context.Context, random *rand.Rand) {
 				w.endParent(syscall.SIGKILL)
 			}
 			w.relaunch()
-			w.run.struck(from, w.name, "stops")
+			w.run.struck(from, w.name, what)
 		default:
 			if variant == 0 {
 				config = strings.Replace(config, "concurrency: ", "concurrency: none of ", 1)
 			}
 			w.configure(config, variant%2)
-			if chaosHangup && variant > 1 {
+			if variant > 1 && w.child("child_process") != 0 { // a parent that has no child may not listen yet
 				w.cmd.Process.Signal(syscall.SIGHUP)
 			}
 			w.run.count("reloads", 1)
 		}
 	}
 }
-
-// chaosHangup: SIGHUP is sent for reloads.
-const chaosHangup = false
 
 // kill signals the parent's child of that kind, and reports whether there was one.
 func (w *chaosWorker) kill(command string, signal syscall.Signal) bool {
@@ -500,8 +529,8 @@ func (c *chaosRun) readLogs() {
 	for _, line := range slices.Sorted(maps.Keys(problems)) {
 		c.t.Logf("%6d times %s", problems[line], line)
 	}
-	if c.t.Failed() && os.Getenv("CHAOS_KEEP") != "" {
-		c.keep(os.Getenv("CHAOS_KEEP"))
+	if dir := os.Getenv("CHAOS_KEEP"); dir != "" {
+		c.keep(dir)
 	}
 }
 
