@@ -14,7 +14,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -165,7 +164,7 @@ func secureRabbit(ctx context.Context, socket net.Conn, addr string, config *tls
 
 func connectHint(err error) string {
 	switch {
-	case errors.Is(err, syscall.ECONNREFUSED):
+	case errors.Is(err, errConnectionRefused):
 		return "start RabbitMQ there, or correct host and port"
 	case errors.Is(err, context.DeadlineExceeded):
 		return "nothing answers there: check host, port and firewall"

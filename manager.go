@@ -25,7 +25,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/shirou/gopsutil/v3/host"
@@ -289,7 +288,7 @@ func connectionHint(err error) string {
 		return "There is no TLS at that port: end_point probably begins with http://."
 	case errors.As(err, &unknownHost):
 		return "The host's name cannot be looked up: check end_point and this host's DNS."
-	case errors.Is(err, syscall.ECONNREFUSED):
+	case errors.Is(err, errConnectionRefused):
 		return "Nothing listens there: is the manager running, and end_point its address and port?"
 	case errors.Is(err, errNoProgress):
 		return "The manager, or the network on the way to it, does not answer in time."

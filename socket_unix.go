@@ -6,6 +6,13 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"syscall"
+)
+
+// What the system says when a port is taken, and when nobody listens on it.
+const (
+	errAddressInUse      = syscall.EADDRINUSE
+	errConnectionRefused = syscall.ECONNREFUSED
 )
 
 // socketInherits says that a child can be handed the open listening socket.

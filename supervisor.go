@@ -149,7 +149,7 @@ func listen(address string, patience time.Duration) (*net.TCPListener, error) {
 		if err == nil {
 			return listener.(*net.TCPListener), nil
 		}
-		if !errors.Is(err, syscall.EADDRINUSE) || time.Now().After(deadline) {
+		if !errors.Is(err, errAddressInUse) || time.Now().After(deadline) {
 			return nil, failHint(codeListen, fmt.Sprintf("listen on %s", address), err,
 				"Is another worker running? Choose another address with listen: in the configuration.")
 		}
