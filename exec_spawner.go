@@ -14,12 +14,13 @@ import (
 type spawner struct {
 	requests chan func()
 	stopped  chan struct{}
+	unbind   func()
 	buffers  sync.Pool // of *[]byte, outputChunkBytes long
 }
 
 // startSpawner starts the thread.
 func startSpawner() *spawner {
-	s := &spawner{requests: make(chan func()), stopped: make(chan struct{})}
+	s := &spawner{requests: make(chan func()), stopped: make(chan struct{}), unbind: bindCommands()}
 	go s.serve() // ends at close
 	return s
 }
@@ -38,6 +39,7 @@ func (s *spawner) serve() {
 func (s *spawner) close() {
 	close(s.requests)
 	<-s.stopped
+	s.unbind()
 }
 
 // startProcess is os.StartProcess on the spawner's thread.

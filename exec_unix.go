@@ -68,6 +68,9 @@ func (g processGroup) describe() string {
 
 func (g processGroup) close() {}
 
+// bindCommands does nothing: dieWithStarter binds each command, where the system can.
+func bindCommands() (unbind func()) { return func() {} }
+
 // readReady reads what is in the pipe right now, without waiting.
 func readReady(pipe *os.File, buf []byte) (n int) {
 	pipe.SetReadDeadline(time.Time{}) // a deadline in the past refuses to try
@@ -186,6 +189,13 @@ func isTransient(err error) bool {
 	return errors.As(err, &errno) && slices.Contains([]syscall.Errno{
 		syscall.EAGAIN, syscall.ENOMEM, syscall.ETXTBSY, syscall.EMFILE, syscall.ENFILE,
 	}, errno)
+}
+
+// hostLacks is what the system says when it is short of disk, memory, processes or descriptors.
+func hostLacks() []syscall.Errno {
+	return []syscall.Errno{
+		syscall.ENOSPC, syscall.EDQUOT, syscall.EMFILE, syscall.ENFILE, syscall.EAGAIN, syscall.ENOMEM,
+	}
 }
 
 // explainStart says in a person's words why path was not started, and what to do.

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"unsafe"
@@ -68,39 +69,76 @@ type jobAccounting struct {
 // openGroup puts the suspended leader into a job object and lets it run.
 func openGroup(leader *os.Process) (group processGroup, err error) {
 	const (
-		killOnJobClose     = 0x2000 // JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE
-		extendedLimitClass = 9      // JobObjectExtendedLimitInformation
-		processTerminate   = 0x1
-		processSetQuota    = 0x100
-		processSuspend     = 0x800
+		processTerminate = 0x1
+		processSetQuota  = 0x100
+		processSuspend   = 0x800
 	)
-	job, _, err := createJobObject.Call(0, 0)
-	if job == 0 {
-		return group, fmt.Errorf("create job object: %w", err)
+	job, err := newJob()
+	if err != nil {
+		return group, err
 	}
-	group = processGroup{syscall.Handle(job), uint32(leader.Pid)}
+	group = processGroup{job, uint32(leader.Pid)}
 	defer func() {
 		if err != nil {
 			group.close()
 		}
 	}()
-	limits := jobExtendedLimits{basic: jobBasicLimits{flags: killOnJobClose}}
-	if ok, _, err := setInformationJobObject.Call(job, extendedLimitClass,
-		uintptr(unsafe.Pointer(&limits)), unsafe.Sizeof(limits)); ok == 0 {
-		return group, fmt.Errorf("set limits of job object: %w", err)
-	}
 	process, err := syscall.OpenProcess(processTerminate|processSetQuota|processSuspend, false, group.pid)
 	if err != nil {
 		return group, fmt.Errorf("open process: %w", err)
 	}
 	defer syscall.CloseHandle(process)
-	if ok, _, err := assignProcessToJobObject.Call(job, uintptr(process)); ok == 0 {
+	if ok, _, err := assignProcessToJobObject.Call(uintptr(job), uintptr(process)); ok == 0 {
 		return group, fmt.Errorf("assign process to job object: %w", err)
 	}
 	if status, _, _ := resumeProcess.Call(uintptr(process)); status != 0 {
 		return group, fmt.Errorf("resume process: NTSTATUS %#x", status)
 	}
 	return group, nil
+}
+
+const killOnJobClose = 0x2000 // JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE
+
+// newJob creates a job object whose processes end when its last handle is closed.
+func newJob() (syscall.Handle, error) {
+	job, _, err := createJobObject.Call(0, 0)
+	if job == 0 {
+		return 0, fmt.Errorf("create job object: %w", err)
+	}
+	if err := limitJob(syscall.Handle(job), killOnJobClose); err != nil {
+		syscall.CloseHandle(syscall.Handle(job))
+		return 0, err
+	}
+	return syscall.Handle(job), nil
+}
+
+func limitJob(job syscall.Handle, flags uint32) error {
+	const extendedLimitClass = 9 // JobObjectExtendedLimitInformation
+	limits := jobExtendedLimits{basic: jobBasicLimits{flags: flags}}
+	if ok, _, err := setInformationJobObject.Call(uintptr(job), extendedLimitClass,
+		uintptr(unsafe.Pointer(&limits)), unsafe.Sizeof(limits)); ok == 0 {
+		return fmt.Errorf("set limits of job object: %w", err)
+	}
+	return nil
+}
+
+// bindCommands puts this process into a job object of its own, so that even a command that was created and is not in
+// its own yet ends with this process. Where that cannot be, each command's own has to do.
+func bindCommands() (unbind func()) {
+	job, err := newJob()
+	if err != nil {
+		return func() {}
+	}
+	const self = ^uintptr(0) // GetCurrentProcess()
+	if ok, _, _ := assignProcessToJobObject.Call(uintptr(job), self); ok == 0 {
+		syscall.CloseHandle(job)
+		return func() {}
+	}
+	return func() {
+		if limitJob(job, 0) == nil { // closing it would end this very process otherwise
+			syscall.CloseHandle(job)
+		}
+	}
 }
 
 // terminate sends Ctrl+Break, which only a process on our console hears; without one the job ends at once.
@@ -221,8 +259,27 @@ const defaultSearchPath = "" // none
 
 func sameEnvName(a, b string) bool { return strings.EqualFold(a, b) }
 
-// isTransient: nothing that Windows reports at a start passes by itself.
-func isTransient(error) bool { return false }
+// isTransient reports whether starting may succeed in a moment: something of the system ran out, or the program is
+// still open for writing.
+func isTransient(err error) bool {
+	var errno syscall.Errno
+	return errors.As(err, &errno) && (errno == errorSharingViolation || slices.Contains(hostLacks(), errno))
+}
+
+// hostLacks is what the system says when it is short of disk, memory, processes or handles. The Unix names that
+// package syscall has for these are its own inventions, which no call returns.
+func hostLacks() []syscall.Errno {
+	return []syscall.Errno{
+		4,    // ERROR_TOO_MANY_OPEN_FILES
+		8,    // ERROR_NOT_ENOUGH_MEMORY
+		14,   // ERROR_OUTOFMEMORY
+		39,   // ERROR_HANDLE_DISK_FULL
+		112,  // ERROR_DISK_FULL
+		1295, // ERROR_DISK_QUOTA_EXCEEDED
+		1450, // ERROR_NO_SYSTEM_RESOURCES
+		1455, // ERROR_COMMITMENT_LIMIT: no memory can be promised any more
+	}
+}
 
 func explainStart(_ string, _ []string, err error) (hint string, cause error) { return "", err }
 

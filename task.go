@@ -17,7 +17,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 	"unicode/utf8"
 )
@@ -283,9 +282,7 @@ func (w *worker) postpone(t *task, reason error) {
 
 // isHostFault reports whether err comes from a lack of disk, memory, processes or descriptors, which passes.
 func isHostFault(err error) bool {
-	for _, lack := range []error{
-		syscall.ENOSPC, syscall.EDQUOT, syscall.EMFILE, syscall.ENFILE, syscall.EAGAIN, syscall.ENOMEM,
-	} {
+	for _, lack := range hostLacks() {
 		if errors.Is(err, lack) {
 			return true
 		}
