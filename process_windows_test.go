@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -123,5 +124,15 @@ func TestHostFaultsOfWindows(t *testing.T) {
 	}
 	if !isTransient(&fs.PathError{Err: errorSharingViolation}) || isTransient(fs.ErrNotExist) {
 		t.Error("isTransient does not know a program being written from a missing one")
+	}
+}
+
+// A task whose id is the name of a device would write its data there, and its command would find none.
+func TestDataFileIsNoDevice(t *testing.T) {
+	for _, id := range []string{"nul", "CON", "com1"} {
+		err := writeDataFile(filepath.Join(t.TempDir(), id+".json"), []byte("{}"), false)
+		if codeOf(err) != codeDataFileWrite {
+			t.Errorf("the data file of task %q: %v; want code %s", id, err, codeDataFileWrite)
+		}
 	}
 }

@@ -15,7 +15,7 @@ func TestListenWaits(t *testing.T) {
 	}
 	closing := time.AfterFunc(100*time.Millisecond, func() { other.Close() })
 	defer closing.Stop()
-	listener, err := listen(other.Addr().String())
+	listener, err := listen(other.Addr().String(), 10*time.Second)
 	if err != nil {
 		t.Fatal(err)
 	}

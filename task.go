@@ -451,6 +451,9 @@ func (a attempt) reason() string {
 // overwritten when it is one of ours: from an earlier attempt, or with the beginning of the very same data in it.
 func writeDataFile(path string, data []byte, again bool) error {
 	op := fmt.Sprintf("write data file %q", path)
+	if !filepath.IsLocal(filepath.Base(path)) {
+		return fail(codeDataFileWrite, op, errors.New("this system takes the name for a device"))
+	}
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if errors.Is(err, fs.ErrExist) {
 		if !again && !holdsBeginning(path, data) {
