@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -517,7 +518,7 @@ func TestConfigUnreadable(t *testing.T) {
 	missing := filepath.Join(t.TempDir(), "none.yaml")
 	for _, path := range []string{tooLarge, missing, t.TempDir()} {
 		_, err := loadConfig(path, environment())
-		if codeOf(err) != codeConfigFile || hintOf(err) == "" || strings.Count(err.Error(), path) != 1 {
+		if codeOf(err) != codeConfigFile || hintOf(err) == "" || strings.Count(err.Error(), strconv.Quote(path)) != 1 {
 			t.Errorf("loadConfig(%q) = %v; want it to name the file and what to do, code %s", path, err, codeConfigFile)
 		}
 	}

@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -73,7 +74,11 @@ func TestUpload(t *testing.T) {
 		return path
 	}
 	big := strings.Repeat("0123456789abcdef", 1<<18)
-	a, b, empty := write(`a "quoted" é.txt`, "text\x00"), write("b.bin", big), write("empty", "")
+	name := `a "quoted" é.txt`
+	if runtime.GOOS == "windows" {
+		name = "a é.txt" // a quote is not allowed there
+	}
+	a, b, empty := write(name, "text\x00"), write("b.bin", big), write("empty", "")
 
 	m := newHandOverServer(t, 503, 429) // and then well
 	got := runCLI(t, m.env(), "", "upload", a, b, empty)
