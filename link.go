@@ -35,7 +35,8 @@ type brokerLink struct {
 
 	// Guarded by worker.mu.
 	consumers map[string]Consumer // by event
-	tasks     int                 // known tasks whose story is told here
+	tasks     int                 // known tasks whose story is told here, and those being settled here
+	creating  int                 // tasks that are being created through it
 	err       error               // why there is no connection; errNotConnected before the first
 	since     time.Time           // of err
 }
@@ -164,13 +165,18 @@ func (w *worker) begin(l *brokerLink) {
 	}()
 }
 
-// consume makes a link consume what the configured jobs ask for. w.changing is held.
-func (w *worker) consume(l *brokerLink) {
+// stopRemoved ends a link's consumers of jobs that are no longer configured. w.changing is held.
+func (w *worker) stopRemoved(l *brokerLink) {
 	jobs := w.setup.Load().jobs
+	w.stopConsumers(l, func(event string) bool { return jobs[event] == nil || jobs[event].removed })
+}
+
+// stopConsumers ends some of a link's consumers.
+func (w *worker) stopConsumers(l *brokerLink, which func(event string) bool) {
 	var gone []Consumer
 	w.mu.Lock()
 	for event, c := range l.consumers {
-		if runner := jobs[event]; runner == nil || runner.removed {
+		if which(event) {
 			delete(l.consumers, event)
 			gone = append(gone, c)
 		}
@@ -180,6 +186,12 @@ func (w *worker) consume(l *brokerLink) {
 	for _, c := range gone {
 		c.Stop()
 	}
+}
+
+// consume makes a link consume what the configured jobs ask for. w.changing is held.
+func (w *worker) consume(l *brokerLink) {
+	w.stopRemoved(l)
+	jobs := w.setup.Load().jobs
 	for event, runner := range jobs {
 		w.mu.Lock()
 		c := l.consumers[event]
@@ -250,33 +262,40 @@ func (w *worker) replaceLink(l *brokerLink) {
 // retire lets a link end that has been replaced, or never came into use. w.mu is held.
 func (w *worker) retire(l *brokerLink) {
 	l.quit()
-	consumers := l.consumers
-	l.consumers = map[string]Consumer{}
 	w.background.Add(1)
 	go func() { // ends when the link is not needed any more, or the worker drains
 		defer w.background.Done()
-		for _, c := range consumers {
-			c.Stop()
+		if !w.await(l, func() bool { return l.creating == 0 && !w.awaitsOwn(l) }) {
+			return // it is closed with the others
 		}
-		if w.awaitUnused(l) {
+		w.stopConsumers(l, func(string) bool { return true })
+		w.adoptTasks(l)
+		if w.await(l, func() bool { return l.tasks == 0 && l.creating == 0 && !l.follower.busy() }) {
+			w.handOver(l)
 			w.closeLink(context.Background(), l)
 		}
 	}()
 }
 
-// awaitUnused returns true when no task needs a replaced link any more, false when the worker drains before: then the
-// link is closed with the others.
-func (w *worker) awaitUnused(l *brokerLink) bool {
-	for {
-		w.mu.Lock()
-		used := l.tasks > 0 || l.follower.busy()
-		lost := l.err != nil && time.Since(l.since) > handOverAfter
-		w.mu.Unlock()
-		if !used {
+// awaitsOwn reports whether a task that was created here waits at the link's broker for a consumer such as ours: nobody
+// else may be left there to take it. w.mu is held.
+func (w *worker) awaitsOwn(l *brokerLink) bool {
+	for _, r := range l.follower.waiting() {
+		if l.consumers[r.Event] != nil {
 			return true
 		}
-		if lost {
-			w.handOver(l)
+	}
+	return false
+}
+
+// await waits until something holds that is looked at with w.mu held, or until a replaced link is lost; false when the
+// worker drains before.
+func (w *worker) await(l *brokerLink, holds func() bool) bool {
+	for {
+		w.mu.Lock()
+		done := holds() || l.err != nil && time.Since(l.since) > handOverAfter
+		w.mu.Unlock()
+		if done {
 			return true
 		}
 		select {
@@ -287,20 +306,51 @@ func (w *worker) awaitUnused(l *brokerLink) bool {
 	}
 }
 
-// handOver tells the rest of the stories of a lost link's tasks over the link in use.
+// adoptTasks makes the journal answer for what a replaced link's broker still holds: that login may be taken away, or
+// that server switched off, and the broker would then have it run once more elsewhere.
+func (w *worker) adoptTasks(l *brokerLink) {
+	var held []*task
+	w.mu.Lock()
+	for _, t := range w.known {
+		if t.link == l && t.delivery != nil {
+			held = append(held, t)
+		}
+	}
+	w.mu.Unlock()
+	for _, t := range held {
+		w.mu.Lock()
+		away := l.err != nil
+		w.mu.Unlock()
+		if away {
+			return // then it is as if the connection had been lost without a change
+		}
+		w.adopt(t)
+	}
+}
+
+// handOver tells the rest of the stories of a replaced link's tasks, where there are any left, over the link in use.
 func (w *worker) handOver(l *brokerLink) {
+	w.mu.Lock()
+	if l.tasks == 0 {
+		w.mu.Unlock()
+		return
+	}
+	heir := w.link
+	heir.tasks++ // so that it stays meanwhile
+	w.mu.Unlock()
+	// The reporter first: what it has not sent comes before what the tasks say from now on.
+	l.reporter.handOver(heir.reporter)
 	var moved []*task
 	w.mu.Lock()
-	heir := w.link
 	for _, t := range w.known {
 		if t.link == l {
 			t.moveTo(heir)
 			moved = append(moved, t)
 		}
 	}
+	heir.tasks--
 	w.mu.Unlock()
 	w.log.Warn("the broker before is lost, its tasks are reported to the new one", "count", len(moved))
-	l.reporter.handOver(heir.reporter)
 	for _, t := range moved {
 		w.control(t)
 	}

@@ -121,19 +121,20 @@ func (w *worker) changeLinks(cfg *Config, link *brokerLink) {
 			w.replaceLink(link)
 		}
 	}
-	active := []*brokerLink{w.link}
-	if w.pending != nil {
-		active = append(active, w.pending)
-	}
+	inUse, pending := w.link, w.pending
+	links := append([]*brokerLink(nil), w.links...)
 	w.mu.Unlock()
 	if !begun {
 		return // open begins with the link that it finds
 	}
-	for _, l := range active {
-		if l == link {
+	for _, l := range links {
+		switch l {
+		case link:
 			w.begin(l)
-		} else {
+		case inUse, pending:
 			w.consume(l)
+		default: // it has been replaced
+			w.stopRemoved(l)
 		}
 	}
 }

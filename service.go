@@ -23,7 +23,13 @@ func apiConfigOf(cfg *Config) apiConfig {
 func (w *worker) create(ctx context.Context, appID, event string, formBody json.RawMessage) (string, error) {
 	w.mu.Lock()
 	l, now := w.link, w.setup.Load()
+	l.creating++ // it stays, and consumes, until the task is known to it
 	w.mu.Unlock()
+	defer func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		l.creating--
+	}()
 	if appID == "" || appID == now.cfg.Credential.ProjectID { // the manager may give the project another id in subjects
 		appID = l.project
 	}
@@ -166,7 +172,9 @@ func (w *worker) health() healthReport {
 	l := w.link
 	brokerErr, brokerSince := l.err, l.since
 	if p := w.pending; p != nil && p.err != nil {
-		problems["broker"] = fmt.Sprintf("the new broker is not used yet: %v", p.err)
+		problems["new broker"] = "the new broker is not used yet: " + codedText(p.err)
+	} else if p != nil && time.Since(p.since) > settleTimeout {
+		problems["new broker"] = "the new broker is not used yet: it has not taken every subscription"
 	}
 	queued := 0
 	for _, t := range w.known {

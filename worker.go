@@ -460,6 +460,13 @@ func (w *worker) forget(id string) *task {
 
 // settle ends the story of a task whose _finish has arrived.
 func (w *worker) settle(id string) {
+	w.mu.Lock()
+	var l *brokerLink
+	if t := w.known[id]; t != nil {
+		l = t.link
+		l.tasks++ // it is not closed before the delivery is settled
+	}
+	w.mu.Unlock()
 	if t := w.forget(id); t != nil {
 		w.mu.Lock()
 		d := t.delivery
@@ -467,6 +474,11 @@ func (w *worker) settle(id string) {
 		if d != nil {
 			w.ack(*d)
 		}
+	}
+	if l != nil {
+		w.mu.Lock()
+		l.tasks--
+		w.mu.Unlock()
 	}
 	w.journalled("note task as reported", id, w.journal.reported(id))
 }
@@ -558,10 +570,16 @@ func (w *worker) putBackWaiting() {
 // every task's last process is gone.
 func (w *worker) close() {
 	w.spawner.close()
+	var closing sync.WaitGroup
 	for _, l := range w.openLinks() {
 		l.quit()
-		w.closeLink(context.Background(), l)
+		closing.Add(1)
+		go func() { // ends within settleTimeout and what closing takes
+			defer closing.Done()
+			w.closeLink(context.Background(), l)
+		}()
 	}
+	closing.Wait()
 	if w.journal == nil {
 		return
 	}

@@ -1,0 +1,204 @@
+//go:build unix
+
+package main
+
+// link_test.go changes the broker of whole workers that go on working, and looks at what stops last.
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// gateJobs are jobs whose tasks note when they begin and end: gate runs until a file of the task's name is there.
+const gateJobs = `
+jobs:
+  - {event: gate, cmd: 'echo begun; echo {{task_id}} >> begun; until test -e {{task_id}}.go; do sleep 0.02; done; echo ended; echo {{task_id}} >> ran'}
+  - {event: note, cmd: 'echo {{task_id}} >> ran'}
+`
+
+// begun gives the tasks of the job gate that have begun in this worker's folder.
+func (a *agent) begun() []string { return a.lines("begun") }
+
+func (a *agent) lines(name string) []string {
+	content, _ := os.ReadFile(filepath.Join(a.dir, name))
+	return strings.Fields(string(content))
+}
+
+// awaitBegun waits for a task of the job gate to begin.
+func (a *agent) awaitBegun(id string) {
+	a.t.Helper()
+	waitFor(a.t, 20*time.Second, func() string {
+		if !slices.Contains(a.begun(), id) {
+			return fmt.Sprintf("%s has not begun, only %q\n%s", id, a.begun(), a.log)
+		}
+		return ""
+	})
+}
+
+// open lets a task of the job gate end.
+func (a *agent) open(id string) { a.write(id+".go", "") }
+
+// rebroker changes broker_connection and waits until the new connection is in use.
+func (a *agent) rebroker(before, after string) {
+	a.t.Helper()
+	replaced := strings.Count(a.log.String(), `msg="broker connection replaced"`)
+	a.reload("broker_connection: "+before+"\n", "broker_connection: "+after+"\n")
+	a.awaitLog("the new broker in use", func() bool {
+		return strings.Count(a.log.String(), `msg="broker connection replaced"`) > replaced
+	})
+}
+
+// assertRanOnce checks that each of these tasks has run, once, on one of the workers.
+func assertRanOnce(t *testing.T, ids []string, workers ...*agent) {
+	t.Helper()
+	var ran []string
+	for _, w := range workers {
+		ran = append(ran, w.ran()...)
+	}
+	times := map[string]int{}
+	for _, id := range ran {
+		times[id]++
+	}
+	for _, id := range ids {
+		if times[id] != 1 {
+			t.Errorf("task %s ran %d times", id, times[id])
+		}
+	}
+}
+
+// A creation creates tasks of the job note one after another until it is stopped.
+type creation struct {
+	ids, refused []string
+	stop         chan struct{}
+	done         sync.WaitGroup
+}
+
+func (a *agent) keepCreating() *creation {
+	c := &creation{stop: make(chan struct{})}
+	c.done.Add(1)
+	go func() { // ends at stop
+		defer c.done.Done()
+		for {
+			select {
+			case <-c.stop:
+				return
+			case <-time.After(10 * time.Millisecond):
+			}
+			if id, err := createBy(http.DefaultClient, a.url, "note"); err != nil {
+				c.refused = append(c.refused, err.Error())
+			} else {
+				c.ids = append(c.ids, id)
+			}
+		}
+	}()
+	return c
+}
+
+// end stops it, and gives the tasks when all of them have finished.
+func (c *creation) end(t *testing.T, a *agent) []string {
+	t.Helper()
+	close(c.stop)
+	c.done.Wait()
+	if len(c.refused) > 0 {
+		t.Errorf("%d requests were refused, such as: %s", len(c.refused), c.refused[0])
+	}
+	for _, id := range c.ids {
+		a.wait(id, statusFinish)
+	}
+	return c.ids
+}
+
+// natsWithMonitor starts a server that tells who is connected.
+func natsWithMonitor(t *testing.T) (*natsServer, func() []string) {
+	monitor := freePort(t)
+	s := newNATSServer(t, "-js", "-sd", t.TempDir(), "-m", monitor)
+	return s, func() (names []string) {
+		var connz struct {
+			Connections []struct{ Name string }
+		}
+		resp, err := http.Get("http://127.0.0.1:" + monitor + "/connz")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		if err := json.NewDecoder(resp.Body).Decode(&connz); err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range connz.Connections {
+			if c.Name != "" {
+				names = append(names, c.Name)
+			}
+		}
+		return names
+	}
+}
+
+// TestBrokerReplaced moves a worker from one server to another while a task runs: the task's story is told where it
+// began, new tasks come from the new server, and the old one is let go of after that.
+func TestBrokerReplaced(t *testing.T) {
+	for _, kind := range brokerKinds[:2] {
+		t.Run(kind.name, func(t *testing.T) {
+			first, connected := natsWithMonitor(t)
+			second := newNATSServer(t, "-js", "-sd", t.TempDir())
+			a := workerOn(t, kind, first, "w1", "concurrency: 2"+gateJobs)
+			atFirst, atSecond := first.collect(t), second.collect(t)
+			kind.publish(t, first, "gate", "g-1", "{}")
+			a.awaitBegun("g-1")
+			creating := a.keepCreating()
+			a.rebroker(kind.connection(first), kind.connection(second))
+			kind.publish(t, second, "note", "n-1", "{}")
+			atSecond.finish(t, "n-1")
+			if now := connected(); !slices.Contains(now, "job_item/w1") {
+				t.Errorf("connected to the old server while its task runs: %q", now)
+			}
+			first.publish(t, "g-1_listen", "?")
+			waitFor(t, 5*time.Second, func() string {
+				if countOf(atFirst.of("g-1"), "_listen.callback") == 0 {
+					return "the task does not listen on the old server any more"
+				}
+				return ""
+			})
+			a.open("g-1")
+			got := atFirst.finish(t, "g-1")
+			if output := outputOf(got); output != "begun\nended\n" || countOf(got, "_finish") != 1 {
+				t.Errorf("story on the old server: %q", got)
+			}
+			if strays := atSecond.of("g-1"); len(strays) > 0 {
+				t.Errorf("told on the new server: %q", strays)
+			}
+			created := creating.end(t, a)
+			waitFor(t, 10*time.Second, func() string {
+				if now := connected(); slices.Contains(now, "job_item/w1") {
+					return fmt.Sprintf("connected to the old server: %q", now)
+				}
+				return ""
+			})
+			if kind.durable {
+				assertStreamEmpty(t, first, "p1.gate")
+				assertStreamEmpty(t, first, "p1.note")
+			}
+			assertRanOnce(t, append(created, "g-1", "n-1"), a)
+			if h := a.health(); h.Status != "ok" {
+				t.Errorf("health %+v", h)
+			}
+			t.Logf("%d tasks created meanwhile", len(created))
+		})
+	}
+}
+
+func outputOf(events []publishedEvent) (output string) {
+	for _, e := range events {
+		if e.subject == "_process" {
+			output += e.data
+		}
+	}
+	return output
+}
