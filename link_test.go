@@ -202,3 +202,50 @@ func outputOf(events []publishedEvent) (output string) {
 	}
 	return output
 }
+
+// TestBrokerOfAnotherKind goes from broker to broker, while a task runs and others wait: those that wait in the journal,
+// and those that only the broker before has, where nobody else is left to take them.
+func TestBrokerOfAnotherKind(t *testing.T) {
+	nats, redis, rabbit := newNATSServer(t), newRedisServer(t), newRabbitVHost(t)
+	steps := []struct{ name, connection string }{
+		{"local", "{type: local}"},
+		{"nats", brokerKinds[0].connection(nats)},
+		{"redis-durable", brokerKinds[4].connection(redis)},
+		{"rabbitmq", rabbit.connection()},
+		{"redis", redis.connection()},
+		{"local again", "{type: local}"},
+	}
+	a := newAgent(t, "identity_id: w1\ncredential: {project_id: p1}\nbroker_connection: "+steps[0].connection+
+		"\nconcurrency: 1\nretain: {tasks: 5000}"+gateJobs).start()
+	var ids []string
+	for i, step := range steps[1:] {
+		gate := a.create("gate", "{}")
+		a.awaitBegun(gate)
+		waiting := []string{a.create("note", "{}"), a.create("note", "{}"), a.create("note", "{}")}
+		creating := a.keepCreating()
+		began := time.Now()
+		a.rebroker(steps[i].connection, step.connection)
+		t.Logf("%s in use after %v", step.name, time.Since(began).Round(time.Millisecond))
+		a.open(gate)
+		a.wait(gate, statusFinish)
+		for _, id := range waiting {
+			a.wait(id, statusFinish)
+		}
+		ids = append(append(append(ids, gate), waiting...), creating.end(t, a)...)
+		if v := a.task(gate); a.output(gate) != "begun\nended\n" || v.Attempt != 1 {
+			t.Errorf("the task that ran meanwhile: %+v, output %q", v, a.output(gate))
+		}
+	}
+	assertRanOnce(t, ids, a)
+	if h := a.health(); h.Status != "ok" {
+		t.Errorf("health %+v", h)
+	}
+	for _, queue := range []string{"p1.gate", "p1.note"} {
+		if n, err := redis.client.XLen(t.Context(), queue).Result(); n != 0 || err != nil {
+			t.Errorf("%d tasks are left in the stream %s, %v", n, queue, err)
+		}
+		if n := queueLength(t, rabbit, queue); n != 0 {
+			t.Errorf("%d tasks are left in %s", n, queue)
+		}
+	}
+}
