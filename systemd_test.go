@@ -14,7 +14,6 @@ import (
 	"runtime"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 	"unicode/utf8"
@@ -207,46 +206,6 @@ func TestWithoutServiceVariables(t *testing.T) {
 	if !slices.Equal(got, want) || !slices.Equal(env, before) {
 		t.Errorf("environment is %q, was %q", got, env)
 	}
-}
-
-// The whole life of a parent that was started by systemd with WatchdogSec=1.
-func TestServiceLife(t *testing.T) {
-	name := notifySocket(t)
-	manager := listenAsServiceManager(t, name)
-	a := newAgent(t, "jobs:\n  - {event: env, cmd: env}\n")
-	a.env = []string{"NOTIFY_SOCKET=" + name, "WATCHDOG_USEC=1000000"}
-	a.start()
-	if got := heard(t, manager); !strings.HasPrefix(got, "READY=1\n") {
-		t.Errorf("the first message is %q", got)
-	}
-	awaitMessage := func(prefix string) {
-		t.Helper()
-		for {
-			if got := heard(t, manager); strings.HasPrefix(got, prefix) {
-				return
-			} else if got != "WATCHDOG=1" {
-				t.Errorf("the service manager heard %q before %s", got, prefix)
-			}
-		}
-	}
-	awaitMessage("WATCHDOG=1")
-	must(t, a.cmd.Process.Signal(syscall.SIGHUP))
-	awaitMessage("RELOADING=1\n")
-	awaitMessage("READY=1\n")
-	begin := time.Now()
-	awaitMessage("WATCHDOG=1")
-	awaitMessage("WATCHDOG=1")
-	if took := time.Since(begin); took > 3*time.Second {
-		t.Errorf("two signs of life took %v", took)
-	}
-	id := a.create("env", "{}")
-	a.wait(id, statusFinish)
-	if output := a.output(id); !strings.Contains(output, "JOB_ITEM_TASK_ID="+id) || strings.Contains(output, name) ||
-		strings.Contains(output, "WATCHDOG") {
-		t.Errorf("a task's environment is\n%s", output)
-	}
-	a.stop()
-	awaitMessage("STOPPING=1")
 }
 
 // A child that makes no progress is ended, and systemd's watchdog is fed until that has not helped either.
