@@ -95,7 +95,7 @@ func (k *keptChild) start(s *supervisor, first order) {
 // ended notes the end of the process, and has it started again if it is missed.
 func (k *keptChild) ended(s *supervisor, err error) {
 	lived := time.Since(k.process.began)
-	missed := !k.ending
+	missed := !k.ending && !s.stopping
 	k.process, k.ending, k.endBy = nil, false, nil
 	if !missed {
 		return

@@ -14,7 +14,6 @@ import (
 	"os"
 	"reflect"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 )
@@ -178,10 +177,7 @@ func execMarks(cfg *Config) []string {
 
 // execEnvironment is what an exec finds in its environment (PROTOCOL section 9).
 func execEnvironment(own map[string]string, marks []string) []string {
-	env := slices.DeleteFunc(os.Environ(), func(entry string) bool {
-		name, _, _ := strings.Cut(entry, "=")
-		return slices.Contains(serviceVariables, name)
-	})
+	env := withoutServiceVariables(os.Environ())
 	for _, name := range slices.Sorted(maps.Keys(own)) {
 		env = append(env, name+"="+own[name])
 	}

@@ -107,10 +107,10 @@ func newSupervisor(cfg *Config, log *slog.Logger, stderr io.Writer) *supervisor 
 	}
 	var err error
 	if s.system, err = newServiceNotifier(os.LookupEnv, os.Getpid()); err != nil {
-		log.Warn("the service manager is not told anything", errAttrs(err))
+		log.Warn("service manager", errAttrs(err))
 	}
 	if err := becomeSubreaper(); err != nil {
-		log.Debug("orphans of a dead worker are left to init", "err", err)
+		log.Debug("orphans of a dead worker go to init", errAttrs(err))
 	}
 	s.source = newConfigSource(cfg, os.LookupEnv, log)
 	return s
@@ -186,6 +186,11 @@ func (s *supervisor) supervise(ctx context.Context, signals <-chan os.Signal) in
 	for !s.stopping || s.worker.runs() || s.execs.runs() {
 		select {
 		case e := <-s.events:
+			select {
+			case sig := <-signals: // first: a signal to the whole group ends the children, too
+				s.signal(sig)
+			default:
+			}
 			s.childEvent(e)
 		case update := <-s.source.updates:
 			s.update(update)

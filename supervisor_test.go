@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -158,7 +159,7 @@ func TestStopInBounds(t *testing.T) {
 drain_timeout: 1s
 kill_after: 1s
 jobs:
-  - {event: stubborn, cmd: 'trap "" TERM; echo begin >> ran; if test -e go; then exit; fi; while :; do sleep 0.1; done'}
+  - {event: stubborn, cmd: 'trap "" TERM; setsid sleep 600 & echo $! > gone; echo begin >> ran; if test -e go; then exit; fi; while :; do sleep 0.1; done'}
 execs:
   - {key: stubborn, cmd: 'trap "" TERM; while :; do sleep 0.1; done'}
 `)
@@ -187,6 +188,11 @@ execs:
 		if err := syscall.Kill(pid, 0); err != syscall.ESRCH {
 			t.Errorf("the background process: %v", err)
 		}
+		content, _ := os.ReadFile(filepath.Join(a.dir, "gone"))
+		stray, _ := strconv.Atoi(strings.TrimSpace(string(content)))
+		waitFor(t, 5*time.Second, func() string {
+			return unless(stray > 0 && syscall.Kill(stray, 0) == syscall.ESRCH, "what the task has started in a session of its own is still there")
+		})
 	}
 	a.write("go", "")
 	a.start()

@@ -182,9 +182,30 @@ func (w *worker) attemptTask(t *task) (a attempt, putBack bool) {
 	case errors.Is(cause, errTimedOut), errors.Is(cause, errTimeLimit):
 		a.status, a.err = statusTimeout, cause
 	default:
+		if a.started {
+			w.endStrays(t, with.cfg.KillAfter)
+		}
 		return a, true
 	}
 	return a, false
+}
+
+// endStrays ends what has left the group of a command that was stopped, since its task will run again, perhaps elsewhere.
+func (w *worker) endStrays(t *task, killAfter time.Duration) {
+	select {
+	case <-w.hurry:
+		killAfter = 0
+	default:
+	}
+	if err := endStaleGroups([]staleTask{w.staleTask(t.id, processIdentity{})}, killAfter); err != nil {
+		w.log.Error("processes of a task could not be ended", errAttrs(err), "task", t.id)
+	}
+}
+
+// staleTask names what a task may have left running. The base URL tells our processes from those of another worker on
+// this host, which may run the task now.
+func (w *worker) staleTask(id string, leader processIdentity) staleTask {
+	return staleTask{process: leader, taskID: id, env: []string{"JOB_ITEM_BASE_URL=" + w.baseURL}}
 }
 
 // runCommand writes the data file, runs the command and removes the file again.

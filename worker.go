@@ -186,9 +186,7 @@ func (w *worker) recover(found []journalTask) {
 	stale := make([]staleTask, 0, len(found))
 	for _, t := range found {
 		if t.Outcome == nil {
-			// The base URL tells our processes from those of another worker on this host, which may run the task now.
-			env := []string{"JOB_ITEM_BASE_URL=" + w.baseURL}
-			stale = append(stale, staleTask{process: t.Process, taskID: t.ID, env: env})
+			stale = append(stale, w.staleTask(t.ID, t.Process))
 		}
 	}
 	if err := endStaleGroups(stale, w.config().KillAfter); err != nil {
