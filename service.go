@@ -132,13 +132,9 @@ func (w *worker) list(f recordFilter) []record {
 	for _, r := range found {
 		listed[r.TaskID] = true
 	}
-	w.mu.Lock()
-	for id, t := range w.known {
-		if t.status == statusQueued && !listed[id] && t.attempts == 0 && (f.event == "" || f.event == t.event) {
-			found = append(found, w.queuedRecord(t))
-		}
+	for _, t := range w.newestWaiting(f, listed) {
+		found = append(found, w.queuedRecord(t))
 	}
-	w.mu.Unlock()
 	for _, l := range w.openLinks() {
 		for _, r := range l.follower.waiting() {
 			if !listed[r.TaskID] && (f.event == "" || f.event == r.Event) {
@@ -148,6 +144,29 @@ func (w *worker) list(f recordFilter) []record {
 	}
 	slices.SortStableFunc(found, func(a, b record) int { return b.CreatedAt.Compare(*a.CreatedAt) })
 	return found[:min(len(found), f.limit)]
+}
+
+// newestWaiting gives the last f.limit tasks that wait for their first start, without those that are listed already.
+// Very many may wait: only few of them are looked at twice.
+func (w *worker) newestWaiting(f recordFilter, listed map[string]bool) []*task {
+	newest := make([]*task, 0, 2*f.limit)
+	newestFirst := func(a, b *task) int { return b.createdAt.Compare(a.createdAt) }
+	var oldest time.Time // of those that are sure to be wanted, once there are enough
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for id, t := range w.known {
+		if t.status != statusQueued || t.attempts > 0 || !t.createdAt.After(oldest) || listed[id] ||
+			f.event != "" && f.event != t.event {
+			continue
+		}
+		if newest = append(newest, t); len(newest) == 2*f.limit {
+			slices.SortFunc(newest, newestFirst)
+			newest = newest[:f.limit]
+			oldest = newest[f.limit-1].createdAt
+		}
+	}
+	slices.SortFunc(newest, newestFirst)
+	return newest[:min(len(newest), f.limit)]
 }
 
 // setProblem notes a problem for the health, about what; an empty text takes it back.
