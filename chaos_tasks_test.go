@@ -34,6 +34,7 @@ type chaosJob struct {
 var chaosJobs = []chaosJob{
 	{"quick", "", []taskStatus{statusFinish}, 8},
 	{"some", "", []taskStatus{statusFinish}, 6},
+	{"long", "", []taskStatus{statusFinish}, 1},
 	{"print", "", []taskStatus{statusFinish}, 2},
 	{"flaky", ", retry: {times: 5, pause: 50ms}", []taskStatus{statusFinish}, 3},
 	{"fail", "", []taskStatus{statusError}, 2},
@@ -63,6 +64,7 @@ fi
 note begin
 case $1 in
 some | stubborn) rest "$2" ;;
+long) for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do rest "$2"; done ;;
 print) seq 20000 ;;
 flaky) test "$(grep -c ^end "$notes")" -ge 2 || { note end; exit 1; } ;;
 fail) echo why >&2; note end; exit 3 ;;

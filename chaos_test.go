@@ -391,7 +391,7 @@ func (w *chaosWorker) suffer(ctx context.Context, random *rand.Rand) {
 			if w.wanted && !strings.Contains(w.lastLines(5), "address already in use") {
 				w.t.Errorf("%s has ended by itself:\n%s", w.name, w.lastLines(40))
 			}
-			w.launch()
+			w.relaunch()
 		}
 		// All that is random is drawn before anything depends on the machine.
 		attack, pause, variant := random.IntN(20), upTo(random, 400*time.Millisecond), random.IntN(4)
@@ -446,11 +446,12 @@ func (w *chaosWorker) suffer(ctx context.Context, random *rand.Rand) {
 			w.relaunch()
 			w.run.struck(from, w.name, what)
 		default:
-			if variant == 0 {
+			starting := w.child("child_process") == 0 // a bad configuration or a hang-up would be the end of it now
+			if variant == 0 && !starting {
 				config = strings.Replace(config, "concurrency: ", "concurrency: none of ", 1)
 			}
 			w.configure(config, variant%2)
-			if variant > 1 && w.child("child_process") != 0 { // a parent that has no child may not listen yet
+			if variant > 1 && !starting {
 				w.cmd.Process.Signal(syscall.SIGHUP)
 			}
 			w.run.count("reloads", 1)
