@@ -47,7 +47,13 @@ func newFollower(broker Broker, recs *records) *follower {
 
 // follow begins to follow a task; it comes before the task is published.
 func (f *follower) follow(id, event, name string) {
-	t := &followedTask{id: id, event: event, name: name, createdAt: time.Now()}
+	f.add(&followedTask{id: id, event: event, name: name, createdAt: time.Now()})
+}
+
+// add listens for what becomes of a task.
+func (f *follower) add(t *followedTask) {
+	id := t.id
+	t.unsubscribe = nil
 	on := func(suffix string, handle func(data []byte)) {
 		t.unsubscribe = append(t.unsubscribe, f.broker.Subscribe(id+suffix, handle))
 	}
@@ -80,7 +86,10 @@ func (f *follower) follow(id, event, name string) {
 }
 
 // drop stops following a task: it has ended, was never sent, or runs right here.
-func (f *follower) drop(id string) {
+func (f *follower) drop(id string) { f.leave(id) }
+
+// leave is drop, and gives the task.
+func (f *follower) leave(id string) *followedTask {
 	f.mu.Lock()
 	t := f.tasks[id]
 	delete(f.tasks, id)
@@ -89,6 +98,19 @@ func (f *follower) drop(id string) {
 	if t != nil {
 		for _, unsubscribe := range t.unsubscribe {
 			unsubscribe()
+		}
+	}
+	return t
+}
+
+// handOver lets another follower follow the tasks, since this one's connection is lost.
+func (f *follower) handOver(heir *follower) {
+	f.mu.Lock()
+	order := slices.Clone(f.order)
+	f.mu.Unlock()
+	for _, id := range order {
+		if t := f.leave(id); t != nil {
+			heir.add(t)
 		}
 	}
 }

@@ -265,11 +265,11 @@ func (w *worker) retire(l *brokerLink) {
 	w.background.Add(1)
 	go func() { // ends when the link is not needed any more, or the worker drains
 		defer w.background.Done()
+		w.adoptTasks(l)
 		if !w.await(l, func() bool { return l.creating == 0 && !w.awaitsOwn(l) }) {
 			return // it is closed with the others
 		}
 		w.stopConsumers(l, func(string) bool { return true })
-		w.adoptTasks(l)
 		if w.await(l, func() bool { return l.tasks == 0 && l.creating == 0 && !l.follower.busy() }) {
 			w.handOver(l)
 			w.closeLink(context.Background(), l)
@@ -298,6 +298,7 @@ func (w *worker) await(l *brokerLink, holds func() bool) bool {
 		if done {
 			return true
 		}
+		w.adoptTasks(l)
 		select {
 		case <-time.After(retirePause):
 		case <-w.draining:
@@ -312,7 +313,7 @@ func (w *worker) adoptTasks(l *brokerLink) {
 	var held []*task
 	w.mu.Lock()
 	for _, t := range w.known {
-		if t.link == l && t.delivery != nil {
+		if t.link == l && t.delivery != nil && t.accepted {
 			held = append(held, t)
 		}
 	}
@@ -331,7 +332,7 @@ func (w *worker) adoptTasks(l *brokerLink) {
 // handOver tells the rest of the stories of a replaced link's tasks, where there are any left, over the link in use.
 func (w *worker) handOver(l *brokerLink) {
 	w.mu.Lock()
-	if l.tasks == 0 {
+	if l.tasks == 0 && !l.follower.busy() {
 		w.mu.Unlock()
 		return
 	}
@@ -340,6 +341,7 @@ func (w *worker) handOver(l *brokerLink) {
 	w.mu.Unlock()
 	// The reporter first: what it has not sent comes before what the tasks say from now on.
 	l.reporter.handOver(heir.reporter)
+	l.follower.handOver(heir.follower)
 	var moved []*task
 	w.mu.Lock()
 	for _, t := range w.known {
@@ -350,7 +352,7 @@ func (w *worker) handOver(l *brokerLink) {
 	}
 	heir.tasks--
 	w.mu.Unlock()
-	w.log.Warn("the broker before is lost, its tasks are reported to the new one", "count", len(moved))
+	w.log.Warn("the connection before is lost, its tasks are reported over the new one", "count", len(moved))
 	for _, t := range moved {
 		w.control(t)
 	}

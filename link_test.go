@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -90,7 +91,7 @@ func (a *agent) keepCreating() *creation {
 			select {
 			case <-c.stop:
 				return
-			case <-time.After(10 * time.Millisecond):
+			case <-time.After(50 * time.Millisecond):
 			}
 			if id, err := createBy(http.DefaultClient, a.url, "note"); err != nil {
 				c.refused = append(c.refused, err.Error())
@@ -102,16 +103,13 @@ func (a *agent) keepCreating() *creation {
 	return c
 }
 
-// end stops it, and gives the tasks when all of them have finished.
-func (c *creation) end(t *testing.T, a *agent) []string {
+// end stops it and gives the tasks.
+func (c *creation) end(t *testing.T) []string {
 	t.Helper()
 	close(c.stop)
 	c.done.Wait()
 	if len(c.refused) > 0 {
 		t.Errorf("%d requests were refused, such as: %s", len(c.refused), c.refused[0])
-	}
-	for _, id := range c.ids {
-		a.wait(id, statusFinish)
 	}
 	return c.ids
 }
@@ -174,7 +172,10 @@ func TestBrokerReplaced(t *testing.T) {
 			if strays := atSecond.of("g-1"); len(strays) > 0 {
 				t.Errorf("told on the new server: %q", strays)
 			}
-			created := creating.end(t, a)
+			created := creating.end(t)
+			for _, id := range created {
+				a.wait(id, statusFinish)
+			}
 			waitFor(t, 10*time.Second, func() string {
 				if now := connected(); slices.Contains(now, "job_item/w1") {
 					return fmt.Sprintf("connected to the old server: %q", now)
@@ -228,10 +229,11 @@ func TestBrokerOfAnotherKind(t *testing.T) {
 		t.Logf("%s in use after %v", step.name, time.Since(began).Round(time.Millisecond))
 		a.open(gate)
 		a.wait(gate, statusFinish)
-		for _, id := range waiting {
+		for _, id := range append(waiting, creating.end(t)...) {
 			a.wait(id, statusFinish)
+			ids = append(ids, id)
 		}
-		ids = append(append(append(ids, gate), waiting...), creating.end(t, a)...)
+		ids = append(ids, gate)
 		if v := a.task(gate); a.output(gate) != "begun\nended\n" || v.Attempt != 1 {
 			t.Errorf("the task that ran meanwhile: %+v, output %q", v, a.output(gate))
 		}
@@ -246,6 +248,150 @@ func TestBrokerOfAnotherKind(t *testing.T) {
 		}
 		if n := queueLength(t, rabbit, queue); n != 0 {
 			t.Errorf("%d tasks are left in %s", n, queue)
+		}
+	}
+}
+
+// A rebrokering is a change of broker_connection that is followed by the end of what was before.
+type rebrokering struct {
+	kind          brokerKind
+	first, second testServer // the same where only the login changes
+	before, after string
+	end           func() // of the login or server before
+
+	w1, w2            *agent
+	atFirst, atSecond *collector
+	published         []string
+	created           *creation
+}
+
+// withLogin adds a login to a connection.
+func withLogin(connection, login string) string {
+	return strings.TrimSuffix(connection, "}") + ", " + login + "}"
+}
+
+// newLogins are servers of every kind that holds tasks, each with a login that is taken away.
+func newLogins(t *testing.T) []*rebrokering {
+	store := t.TempDir()
+	users := func(more string) string {
+		return fmt.Sprintf("jetstream { store_dir: %q }\nno_auth_user: guest\nauthorization { users: [ "+
+			"{user: guest, password: guest}, {user: new, password: new}%s ] }\n", store, more)
+	}
+	nats := natsServerWith(t, users(", {user: old, password: old}"))
+	redis := newRedisServer(t)
+	for _, user := range []string{"old", "new"} {
+		if err := redis.client.Do(t.Context(), "ACL", "SETUSER", user, "on", ">"+user, "~*", "&*", "+@all").Err(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	rabbit := newRabbitVHost(t)
+	rabbit.write(t, "logins.json", fmt.Sprintf(`{
+"users":[{"name":"old","password":"old","tags":""},{"name":"new","password":"new","tags":""}],
+"permissions":[{"user":"old","vhost":%[1]q,"configure":".*","write":".*","read":".*"},
+{"user":"new","vhost":%[1]q,"configure":".*","write":".*","read":".*"}]}`, rabbit.vhost))
+	rabbit.ctl(t, "import_definitions", filepath.Join(rabbit.dir, "logins.json"))
+
+	natsLogin := func(name string) string {
+		return withLogin(brokerKinds[1].connection(nats), fmt.Sprintf("auth_type: user_password, user: %s, password: %[1]s", name))
+	}
+	redisLogin := func(name string) string {
+		return withLogin(brokerKinds[4].connection(redis), fmt.Sprintf("user: %s, password: %[1]s", name))
+	}
+	rabbitLogin := func(name string) string {
+		return strings.NewReplacer("user: guest", "user: "+name, "password: guest", "password: "+name).Replace(rabbit.connection())
+	}
+	return []*rebrokering{
+		{kind: brokerKinds[1], first: nats, second: nats, before: natsLogin("old"), after: natsLogin("new"), end: func() {
+			if err := os.WriteFile(nats.args[len(nats.args)-1], []byte(users("")), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			nats.cmd.Process.Signal(syscall.SIGHUP)
+		}},
+		{kind: brokerKinds[4], first: redis, second: redis, before: redisLogin("old"), after: redisLogin("new"), end: func() {
+			if err := redis.client.Do(t.Context(), "ACL", "DELUSER", "old").Err(); err != nil {
+				t.Fatal(err)
+			}
+		}},
+		{kind: brokerKinds[2], first: rabbit, second: rabbit, before: rabbitLogin("old"), after: rabbitLogin("new"), end: func() {
+			rabbit.ctl(t, "delete_user", "old")
+		}},
+	}
+}
+
+// TestBrokerBeforeIsLost takes the old login away, or kills the old server, right after the change: nothing that runs is
+// run by another worker as well, and its story goes on over the new connection.
+func TestBrokerBeforeIsLost(t *testing.T) {
+	changes := newLogins(t)
+	gone := newNATSServer(t, "-js", "-sd", t.TempDir())
+	next := newNATSServer(t, "-js", "-sd", t.TempDir())
+	changes = append(changes, &rebrokering{
+		kind: brokerKinds[1], first: gone, second: next, end: func() { gone.stop(t) },
+		before: brokerKinds[1].connection(gone), after: brokerKinds[1].connection(next),
+	})
+	config := func(name, connection string) *agent {
+		return newAgent(t, fmt.Sprintf("identity_id: %s\ncredential: {project_id: p1}\nbroker_connection: %s\nconcurrency: 2%s",
+			name, connection, gateJobs)).start()
+	}
+	for _, c := range changes {
+		c.w1 = config("w1", c.before)
+		c.atFirst = c.first.collect(t)
+		if c.atSecond = c.atFirst; c.second != c.first {
+			c.atSecond = c.second.collect(t)
+		}
+		t.Logf("%v: publish", time.Now())
+		c.kind.publish(t, c.first, "gate", "g-1", "{}")
+		c.kind.publish(t, c.first, "gate", "g-2", "{}")
+		c.w1.awaitBegun("g-1")
+		c.w1.awaitBegun("g-2") // both slots are taken
+		c.w2 = config("w2", c.kind.connection(c.first))
+		creating := c.w1.keepCreating()
+		for i := range 20 {
+			id := fmt.Sprintf("n-%d", i)
+			if i == 5 {
+				c.w1.rebroker(c.before, c.after)
+				c.end()
+			}
+			if i < 5 || c.first == c.second {
+				c.kind.publish(t, c.first, "note", id, "{}")
+				c.published = append(c.published, id)
+			}
+		}
+		c.w1.open("g-1")
+		c.created = creating
+		t.Logf("%v: all", time.Now())
+	}
+	for i, c := range changes {
+		name := fmt.Sprintf("%d %s", i, c.kind.name)
+		got := c.atSecond.finish(t, "g-1")
+		t.Logf("%s: told at last: %q", name, got)
+		// What runs on listens on the new connection now.
+		waitFor(t, 15*time.Second, func() string {
+			c.second.publish(t, "g-2_listen", "?")
+			if countOf(c.atSecond.of("g-2"), "_listen.callback") == 0 {
+				return name + ": no sign of life"
+			}
+			return ""
+		})
+		c.w1.open("g-2")
+		c.atSecond.finish(t, "g-2")
+		ids := append(c.created.end(t), c.published...)
+		for _, id := range ids {
+			waitFor(t, 20*time.Second, func() string {
+				if countOf(append(c.atFirst.of(id), c.atSecond.of(id)...), "_finish") == 0 {
+					return fmt.Sprintf("%s: no _finish of %s\n%s", name, id, c.w1.log)
+				}
+				return ""
+			})
+		}
+		assertRanOnce(t, append(ids, "g-1", "g-2"), c.w1, c.w2)
+		if begun := c.w2.begun(); len(begun) > 0 {
+			t.Errorf("%s: the other worker began %q", name, begun)
+		}
+		if n := countOf(c.atSecond.of("g-2"), "_finish"); n != 1 {
+			t.Errorf("%s: %d times _finish", name, n)
+		}
+		if h := c.w1.health(); h.Status != "ok" {
+			t.Errorf("%s: health %+v", name, h)
 		}
 	}
 }

@@ -42,6 +42,7 @@ type task struct {
 	// Guarded by worker.mu.
 	link      *brokerLink // where its story is told; nil once it is over
 	delivery  *Delivery   // what to settle in the end; nil where the journal alone answers
+	accepted  bool        // the journal has it
 	status    taskStatus
 	pid       int
 	startedAt time.Time

@@ -340,11 +340,12 @@ func (w *worker) take(l *brokerLink, event string, d Delivery) {
 	if !d.Held && d.Ack != nil {
 		w.ack(d) // the journal answers from here on
 	}
+	w.mu.Lock()
+	t.accepted = true
 	if d.Held && d.HeldFor > 0 {
-		w.mu.Lock()
 		t.adoption = time.AfterFunc(d.HeldFor, func() { w.adopt(t) })
-		w.mu.Unlock()
 	}
+	w.mu.Unlock()
 	for _, other := range w.openLinks() {
 		other.follower.drop(t.id) // it is right here
 	}
