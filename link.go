@@ -273,6 +273,7 @@ func (w *worker) retire(l *brokerLink) {
 		if w.await(l, func() bool { return l.tasks == 0 && l.creating == 0 && !l.follower.busy() }) {
 			w.handOver(l)
 			w.closeLink(context.Background(), l)
+			w.log.Info("replaced broker connection closed", "broker", l.config.Type)
 		}
 	}()
 }
@@ -322,8 +323,8 @@ func (w *worker) adoptTasks(l *brokerLink) {
 		w.mu.Lock()
 		away := l.err != nil
 		w.mu.Unlock()
-		if away {
-			return // then it is as if the connection had been lost without a change
+		if away || w.journal.writable() != nil {
+			return // the next time, if there is one: else it is as if the connection had been lost without a change
 		}
 		w.adopt(t)
 	}
