@@ -396,3 +396,225 @@ func TestBrokerBeforeIsLost(t *testing.T) {
 		}
 	}
 }
+
+// heldKinds are those whose broker holds a task until it is done.
+func heldKinds() (kinds []brokerKind) {
+	for _, kind := range brokerKinds {
+		if kind.durable {
+			kinds = append(kinds, kind)
+		}
+	}
+	return kinds
+}
+
+// TestClaimsOutliveTheirTime drains workers for longer than a broker is patient with a silent one: what runs there goes
+// on, and no other worker gets it meanwhile.
+func TestClaimsOutliveTheirTime(t *testing.T) {
+	t.Parallel() // it waits for claims that are not lost
+	config := `
+drain_timeout: 45s
+jobs: [{event: long, cmd: 'echo {{task_id}} >> begun; sleep {{s}}; echo {{task_id}} >> ran'}]
+`
+	type share struct {
+		kind         brokerKind
+		leaver, heir *agent
+		events       *collector
+		began        time.Time
+	}
+	var shares []*share
+	for _, kind := range heldKinds() {
+		server := kind.start(t)
+		s := &share{kind: kind, leaver: workerOn(t, kind, server, "leaver", config), events: server.collect(t)}
+		kind.publish(t, server, "long", "long-1", fmt.Sprintf(`{"s":%.0f}`, (claimLost+8*time.Second).Seconds()))
+		s.leaver.awaitBegun("long-1")
+		s.leaver.cmd.Process.Signal(syscall.SIGTERM)
+		s.began = time.Now()
+		s.heir = workerOn(t, kind, server, "heir", config)
+		shares = append(shares, s)
+	}
+	for _, s := range shares {
+		s.leaver.waitGone(60 * time.Second)
+		if took := time.Since(s.began); took < claimLost {
+			t.Errorf("%s: drained within %v:\n%s", s.kind.name, took, s.leaver.log)
+		}
+		got := s.events.finish(t, "long-1")
+		if begun := s.heir.begun(); len(begun) > 0 {
+			t.Errorf("%s: the other worker began it, too", s.kind.name)
+		}
+		assertRanOnce(t, []string{"long-1"}, s.leaver, s.heir)
+		if countOf(got, "_who") != 1 || countOf(got, "_finish") != 1 || got[len(got)-1].data != "finish" {
+			t.Errorf("%s: %q", s.kind.name, got)
+		}
+	}
+}
+
+// TestClaimsOutliveTheLastProcess drains workers whose task ignores every polite word: the claim is given back when the
+// last process of the task has been killed, and not before.
+func TestClaimsOutliveTheLastProcess(t *testing.T) {
+	t.Parallel() // with the one before
+	// A child of the command's group says every 20 ms that it lives; only SIGKILL ends it.
+	config := func(folder, cmd string) string {
+		return "drain_timeout: 500ms\nkill_after: 3s\njobs: [{event: stubborn, working_dir: " + folder + ", cmd: '" + cmd + "'}]\n"
+	}
+	for _, kind := range heldKinds() {
+		t.Run(kind.name, func(t *testing.T) {
+			server, folder := kind.start(t), t.TempDir()
+			leaver := workerOn(t, kind, server, "leaver", config(folder,
+				`trap "" TERM; (while :; do echo x >> lives; sleep 0.02; done) & echo {{task_id}} >> begun; wait`))
+			lives := func() time.Time {
+				info, err := os.Stat(filepath.Join(folder, "lives"))
+				if err != nil {
+					return time.Time{}
+				}
+				return info.ModTime()
+			}
+			events := server.collect(t)
+			kind.publish(t, server, "stubborn", "s-1", "{}")
+			waitFor(t, 20*time.Second, func() string {
+				if lives().IsZero() {
+					return "it has not begun\n" + leaver.log.String()
+				}
+				return ""
+			})
+			heir := workerOn(t, kind, server, "heir", config(folder, "echo > heir"))
+			began := time.Now()
+			leaver.cmd.Process.Signal(syscall.SIGTERM)
+			if got := events.finish(t, "s-1"); countOf(got, "_finish") != 1 {
+				t.Errorf("events %q", got)
+			}
+			info, err := os.Stat(filepath.Join(folder, "heir"))
+			if err != nil {
+				t.Fatalf("the other worker did not run it: %v\n%s", err, heir.log)
+			}
+			last, next := lives().Sub(began), info.ModTime().Sub(began)
+			t.Logf("last sign of the first run %v after SIGTERM, second run after %v", last.Round(time.Millisecond), next.Round(time.Millisecond))
+			if last < 3*time.Second || next < last {
+				t.Errorf("the task ran twice at once, or was not given its time:\n%s", leaver.log)
+			}
+			if next > claimRenewal+8*time.Second { // Redis is looked at so often for what others have put back
+				t.Errorf("the claim was not given back, but lost")
+			}
+			leaver.waitGone(10 * time.Second)
+		})
+	}
+}
+
+// TestNewBrokerAway names servers that are not there: the one before serves on, and the health says what is wrong until
+// the configuration is right, whichever way that is.
+func TestNewBrokerAway(t *testing.T) {
+	first, second := newNATSServer(t), newNATSServer(t)
+	wrong := "{type: nats, host: 127.0.0.1, port: " + freePort(t) + "}"
+	a := workerOn(t, brokerKinds[0], first, "w1", "concurrency: 2"+gateJobs)
+	atFirst, atSecond := first.collect(t), second.collect(t)
+	first.publish(t, "p1.gate", taskJSON("g-1"))
+	a.awaitBegun("g-1")
+	creating := a.keepCreating()
+	inUse, last := first.connection(), atFirst
+	for i, good := range []string{second.connection(), second.connection()} { // a better one, and back
+		a.reload("broker_connection: "+inUse+"\n", "broker_connection: "+wrong+"\n")
+		h := a.awaitHealth("degraded", strings.Trim(strings.SplitAfter(wrong, "port: ")[1], "}"))
+		if !strings.Contains(fmt.Sprint(h.Problems), string(codeNATSConnect)) {
+			t.Errorf("health %+v", h)
+		}
+		id := fmt.Sprintf("n-%d", i)
+		if i == 0 {
+			first.publish(t, "p1.note", taskJSON(id))
+		} else {
+			second.publish(t, "p1.note", taskJSON(id))
+		}
+		last.finish(t, id)
+		a.reload("broker_connection: "+wrong+"\n", "broker_connection: "+good+"\n")
+		a.awaitHealth("ok", "")
+		inUse, last = good, atSecond
+	}
+	second.publish(t, "p1.note", taskJSON("n-2"))
+	atSecond.finish(t, "n-2")
+	a.open("g-1")
+	atFirst.finish(t, "g-1")
+	ids := creating.end(t)
+	for _, id := range ids {
+		a.wait(id, statusFinish)
+	}
+	assertRanOnce(t, append(ids, "g-1", "n-0", "n-1", "n-2"), a)
+	if n := strings.Count(a.log.String(), `msg="broker connection replaced"`); n != 1 {
+		t.Errorf("the connection was replaced %d times", n)
+	}
+}
+
+// TestIdentityChanges changes what the subjects are made of, while a task runs that the broker holds.
+func TestIdentityChanges(t *testing.T) {
+	for _, kind := range []brokerKind{brokerKinds[1], brokerKinds[4]} {
+		t.Run(kind.name, func(t *testing.T) {
+			server := kind.start(t)
+			a := workerOn(t, kind, server, "w1", "concurrency: 1"+gateJobs)
+			events := server.collect(t)
+			kind.publish(t, server, "gate", "g-1", "{}")
+			a.awaitBegun("g-1")
+			other := workerOn(t, kind, server, "w2", "jobs: [{event: gate, cmd: 'echo {{task_id}} >> ran'}]\n")
+			waiting := []string{a.create("note", "{}"), a.create("note", "{}")} // nobody else does these
+			replaced := func(n int) func() bool {
+				return func() bool { return strings.Count(a.log.String(), `msg="broker connection replaced"`) == n }
+			}
+			a.change("identity_id: w1", "identity_id: w9")
+			a.awaitLog("the new identity in use", replaced(1))
+			a.change("project_id: p1", "project_id: p2")
+			a.awaitLog("the new project in use", replaced(2))
+			later := a.create("note", "{}")
+			a.open("g-1")
+			if got := events.finish(t, "g-1"); outputOf(got) != "begun\nended\n" || countOf(got, "_finish") != 1 {
+				t.Errorf("story of the task that ran: %q", got)
+			}
+			for _, id := range append(waiting, later) {
+				a.wait(id, statusFinish)
+			}
+			assertRanOnce(t, append(waiting, "g-1", later), a, other)
+			if h := a.health(); h.Status != "ok" || h.IdentityID != "w9" {
+				t.Errorf("health %+v", h)
+			}
+			server.publish(t, "p2.restart", "now")
+			a.awaitLog("asked again", func() bool {
+				return strings.Contains(a.log.String(), "the configuration is to be asked for again")
+			})
+			server.publish(t, "w9.shutdown", "now")
+			a.waitGone(20 * time.Second)
+			other.stop()
+		})
+	}
+}
+
+// TestCertificatesChange changes the content of TLS files whose names stay.
+func TestCertificatesChange(t *testing.T) {
+	ca, stranger := newTestAuthority(t), newTestAuthority(t)
+	ago, hour := time.Now().Add(-time.Hour), time.Now().Add(time.Hour)
+	dir := t.TempDir()
+	certificate, key := ca.issue(ago, hour)
+	putFiles(t, dir, map[string][]byte{"ca.crt": ca.pem, "s.crt": certificate, "s.key": key})
+	in := func(name string) string { return filepath.Join(dir, name) }
+	server := natsServerWith(t, fmt.Sprintf("tls { cert_file: %q, key_file: %q, ca_file: %q, verify: true }",
+		in("s.crt"), in("s.key"), in("ca.crt")))
+	a := newAgent(t, "broker_connection: {type: nats, host: "+server.addr+", secure: true, ca_file: tls/ca.crt, "+
+		"cert_file: tls/client.crt, key_file: tls/client.key}"+gateJobs)
+	issue := func(authority *testAuthority) {
+		certificate, key := authority.issue(ago, hour)
+		putFiles(t, filepath.Join(a.dir, "tls"), map[string][]byte{
+			"ca.crt": ca.pem, "client.crt": certificate, "client.key": key,
+		})
+	}
+	issue(ca)
+	a.start()
+	gate := a.create("gate", "{}")
+	a.awaitBegun(gate)
+	issue(ca)
+	a.awaitLog("the new certificate in use", func() bool {
+		return strings.Contains(a.log.String(), `msg="broker connection replaced"`)
+	})
+	issue(stranger)
+	h := a.awaitHealth("degraded", string(codeNATSTLS))
+	t.Logf("with a certificate that the server refuses: %q", h.Problems)
+	a.wait(a.create("note", "{}"), statusFinish)
+	issue(ca)
+	a.awaitHealth("ok", "")
+	a.open(gate)
+	a.wait(gate, statusFinish)
+	a.wait(a.create("note", "{}"), statusFinish)
+}
