@@ -83,20 +83,6 @@ func fill(t testing.TB, dir string, free int) (empty func()) {
 	return func() { os.Remove(path) }
 }
 
-// awaitHealth waits for a status with a problem that says so.
-func (a *agent) awaitHealth(status, problem string) healthView {
-	a.t.Helper()
-	var h healthView
-	waitFor(a.t, 20*time.Second, func() string {
-		h = a.health()
-		if h.Status != status || !strings.Contains(fmt.Sprint(h.Problems), problem) {
-			return fmt.Sprintf("health is %+v; want %s with %q\n%s", h, status, problem, a.log)
-		}
-		return ""
-	})
-	return h
-}
-
 // quote shows what a user sees, for the closing note of whoever runs the tests with -v.
 func (a *agent) quote(what string) {
 	h := a.health()

@@ -165,6 +165,20 @@ func (a *agent) health() healthView {
 	return h
 }
 
+// awaitHealth waits for a status with a problem that says so.
+func (a *agent) awaitHealth(status, problem string) healthView {
+	a.t.Helper()
+	var h healthView
+	waitFor(a.t, 20*time.Second, func() string {
+		h = a.health()
+		if h.Status != status || !strings.Contains(fmt.Sprint(h.Problems), problem) {
+			return fmt.Sprintf("health is %+v; want %s with %q\n%s", h, status, problem, a.log)
+		}
+		return ""
+	})
+	return h
+}
+
 // getJSON reads an answer, whatever its status; v stays as it is when the worker is away.
 func (a *agent) getJSON(path string, v any) int {
 	resp, err := http.Get(a.url + path)
