@@ -63,6 +63,7 @@ jobs:
 		return a.holdings(t)
 	}
 	before := until(soakBase)
+	half := until(tasks / 2)
 	after := until(tasks)
 	t.Logf("%d tasks in %v", done, time.Since(began).Round(time.Second))
 	if len(before) != 3 {
@@ -70,7 +71,7 @@ jobs:
 	}
 	for name, was := range before {
 		is := after[name]
-		t.Logf("%s: after %d tasks %v, after %d tasks %v", name, soakBase, was, done, is)
+		t.Logf("%s: after %d tasks %v; after %d %v; after %d %v", name, soakBase, was, tasks/2, half[name], done, is)
 		if !raceEnabled && is.memory > was.memory+soakMemoryTolerance {
 			t.Errorf("%s holds %d KiB more memory", name, (is.memory-was.memory)>>10)
 		}
