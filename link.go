@@ -85,6 +85,9 @@ func (w *worker) linkChanged(l *brokerLink, err error) {
 	}
 	l.err = err
 	w.mu.Unlock()
+	if err == nil {
+		signalOnce(w.connected)
+	}
 	if l.ctx.Err() != nil {
 		return // it has been replaced, and its coming and going matters to nobody
 	}
@@ -100,6 +103,16 @@ func (w *worker) currentLink() *brokerLink {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.link
+}
+
+// connection is the broker in use and the project there, nil while it is away or where there is none but the journal.
+func (w *worker) connection() (broker Broker, project string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.link.isLocal() || w.link.err != nil {
+		return nil, ""
+	}
+	return w.link.broker, w.link.project
 }
 
 // openLinks are all links that are not closed yet.
@@ -255,6 +268,7 @@ func (w *worker) establish(l *brokerLink) {
 func (w *worker) replaceLink(l *brokerLink) {
 	old := w.link
 	w.link, w.pending = l, nil
+	signalOnce(w.connected)
 	w.log.Info("broker connection replaced", "broker", l.config.Type)
 	w.retire(old)
 }

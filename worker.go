@@ -52,6 +52,7 @@ type worker struct {
 
 	opened    chan struct{} // closed once the journal is open and tells what is unfinished
 	ready     chan struct{} // closed once the broker has taken every subscription for the first time
+	connected chan struct{} // holds a value when another link has come into use or one was connected
 	hurry     chan struct{} // closed when commands that are being stopped are to be killed
 	hurryOnce sync.Once
 
@@ -100,7 +101,8 @@ func newWorker(cfg *Config, baseURL string, recs *records, bus *eventBus, orders
 	w := &worker{
 		baseURL: baseURL, log: log, bus: bus, records: recs, orders: orders, started: time.Now(), state: stateStarting,
 		draining: make(chan struct{}), opened: make(chan struct{}), ready: make(chan struct{}), hurry: make(chan struct{}),
-		known: map[string]*task{}, perEvent: map[string]int{}, crashed: map[string]int{}, problems: map[string]string{},
+		connected: make(chan struct{}, 1), known: map[string]*task{}, perEvent: map[string]int{}, crashed: map[string]int{},
+		problems: map[string]string{},
 	}
 	first, err := newSetup(cfg, baseURL)
 	if err != nil {
