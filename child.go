@@ -293,10 +293,16 @@ func (p *workerProcess) configure(ctx context.Context, bus *eventBus) {
 		}
 		p.api.reconfigure(apiConfigOf(cfg))
 		p.service.fill(w)
-		working.Add(2)
+		working.Add(3)
 		go func() { // ends with ctx
 			defer working.Done()
 			w.watchResources(ctx)
+		}()
+		reports := newHardware(cfg.DataDir, w.connection, w.connected, p.log)
+		p.api.serveHardware(reports)
+		go func() { // ends with ctx
+			defer working.Done()
+			reports.run(ctx)
 		}()
 		go func() { // ends when the worker is open, at the latest with ctx
 			defer working.Done()

@@ -21,6 +21,13 @@ const (
 	codeChild errCode = "ERR-60350903200"
 )
 
+// The host.
+const (
+	// A part of the hardware reports could not be read, as in a container without /proc, and is left out; everything else goes
+	// on. Logged once for each part and reason. Give the process what the line names, or ignore it.
+	codeHardware errCode = "ERR-30350903208"
+)
+
 // Worker.
 const (
 	// A message on a job's subject is no task: not JSON, too large, with an id that cannot name a file, or with an unknown

@@ -120,6 +120,7 @@ type apiServer struct {
 	service     taskService
 	records     atomic.Pointer[records] // nil until they could be opened
 	recorded    chan struct{}           // closed then
+	hardware    atomic.Pointer[hardware]
 	log         *slog.Logger
 	config      atomic.Pointer[apiConfig]
 	routes      *http.ServeMux
@@ -151,6 +152,7 @@ func newAPIServer(config apiConfig, service taskService, bus *eventBus, log *slo
 	a.handle("POST /job/{task_id}/terminate", a.terminate)
 	a.handle("GET /events", a.showEvents)
 	a.handle("GET /health", a.showHealth)
+	a.handle("GET /hardware", a.showHardware)
 	a.handle("POST /api/worker/job_record/result/{task_id}", a.takeResult)
 	a.handle("POST /api/worker/job_record/file/{task_id}", a.takeFile)
 
