@@ -77,15 +77,15 @@ func (w *worker) obey(t *task, data []byte) {
 	}
 	switch {
 	case err == nil && said.Action == "terminate":
-		w.log.Info("task is to be terminated", "task", t.id)
+		w.log.Info("task is to be terminated", "task_id", t.id)
 		go w.stopTask(t, errTerminated) // ends when the stop is noted; the broker's messages must not wait for it
 	case err == nil && said.Action == "timeout":
-		w.log.Info("task is to time out", "task", t.id)
+		w.log.Info("task is to time out", "task_id", t.id)
 		go w.stopTask(t, errTimedOut) // the same
 	default:
 		if err == nil {
 			err = errors.New("its action is neither timeout nor terminate")
 		}
-		w.log.Warn("control message refused", errAttrs(fail(codeControl, "read control message", err)), "task", t.id)
+		w.log.Warn("control message refused", errAttrs(fail(codeControl, "read control message", err)), "task_id", t.id)
 	}
 }

@@ -105,8 +105,9 @@ type taskFinished struct {
 	StartedAt  time.Time  `json:"started_at"` // zero when it never started
 	FinishedAt time.Time  `json:"finished_at"`
 	CPU        time.Duration
-	MaxRSS     int64  `json:"max_rss"` // bytes
-	Error      string `json:"error"`   // why it is not finish; for {task_id}_failed
+	MaxRSS     int64   `json:"max_rss"`        // bytes
+	Error      string  `json:"error"`          // why it is not finish; for {task_id}_failed
+	Code       errCode `json:"code,omitempty"` // of Error, where it is job_item's own
 }
 
 // A brokerChanged event is published when the connection to the broker comes or goes.

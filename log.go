@@ -61,16 +61,16 @@ func logEvents(log *slog.Logger) func(event) {
 	return func(e event) {
 		switch e := e.(type) {
 		case taskQueued:
-			log.Debug("task accepted", "task", e.TaskID, "job", e.Event)
+			log.Debug("task accepted", "task_id", e.TaskID, "event", e.Event)
 		case taskStarted:
-			log.Info("task started", "task", e.TaskID, "job", e.Event, "pid", e.PID, "attempt", e.Attempt)
+			log.Info("task started", "task_id", e.TaskID, "event", e.Event, "pid", e.PID, "attempt", e.Attempt)
 		case taskOutput:
-			log.Debug("task output", "task", e.TaskID, "stream", e.Stream, "data", string(e.Data))
+			log.Debug("task output", "task_id", e.TaskID, "stream", e.Stream, "data", string(e.Data))
 		case taskRetrying:
 			log.Warn("task failed, another attempt follows",
-				"task", e.TaskID, "job", e.Event, "attempt", e.Attempt, "err", e.Reason, "due", e.Due.Format(time.RFC3339))
+				"task_id", e.TaskID, "event", e.Event, "attempt", e.Attempt, "err", e.Reason, "due", e.Due.Format(time.RFC3339))
 		case taskFinished:
-			attrs := []any{"task", e.TaskID, "job", e.Event, "status", e.Status, "attempt", e.Attempt}
+			attrs := []any{"task_id", e.TaskID, "event", e.Event, "status", e.Status, "attempt", e.Attempt}
 			if !e.StartedAt.IsZero() {
 				attrs = append(attrs, "dur", e.FinishedAt.Sub(e.StartedAt).Round(time.Millisecond).String())
 			}
@@ -78,6 +78,9 @@ func logEvents(log *slog.Logger) func(event) {
 			if e.Status != statusFinish {
 				level = slog.LevelWarn
 				attrs = append(attrs, "err", e.Error)
+				if e.Code != "" {
+					attrs = append(attrs, "code", e.Code)
+				}
 			}
 			log.Log(context.Background(), level, "task ended", attrs...)
 		case brokerChanged:

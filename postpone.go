@@ -20,7 +20,7 @@ func (w *worker) holdJob(t *task, reason error) {
 	w.problems[about] = fmt.Sprintf("tasks of job %q are postponed: %s", t.event, codedText(reason))
 	w.mu.Unlock()
 	if !known {
-		w.log.Error("task postponed; its job is tried again every second", errAttrs(reason), "task", t.id, "job", t.event)
+		w.log.Error("task postponed; its job is tried again every second", errAttrs(reason), "task_id", t.id, "event", t.event)
 	}
 	if w.queue.hold(t.event) {
 		time.AfterFunc(postponePause, func() {
@@ -38,7 +38,7 @@ func (w *worker) jobRuns(event string) {
 	delete(w.problems, about)
 	w.mu.Unlock()
 	if postponed {
-		w.log.Info("tasks of the job are started again", "job", event)
+		w.log.Info("tasks of the job are started again", "event", event)
 	}
 }
 

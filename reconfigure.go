@@ -153,7 +153,7 @@ func (w *worker) release(event string) {
 		rest := &setup{cfg: s.cfg, jobs: maps.Clone(s.jobs)}
 		delete(rest.jobs, event)
 		w.setup.Store(rest)
-		w.log.Info("removed job released", "job", event)
+		w.log.Info("removed job released", "event", event)
 	}
 }
 

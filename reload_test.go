@@ -226,7 +226,7 @@ jobs:
 	for _, id := range gone {
 		a.wait(id, statusFinish)
 	}
-	a.awaitLog("released", func() bool { return strings.Contains(a.log.String(), `msg="removed job released" job=gone`) })
+	a.awaitLog("released", func() bool { return strings.Contains(a.log.String(), `msg="removed job released" event=gone`) })
 	a.wait(a.create("new", "{}"), statusFinish)
 }
 

@@ -199,7 +199,7 @@ func (w *worker) endStrays(t *task, killAfter time.Duration) {
 	default:
 	}
 	if err := endStaleGroups([]staleTask{w.staleTask(t.id, processIdentity{})}, killAfter); err != nil {
-		w.log.Error("processes of a task could not be ended", errAttrs(err), "task", t.id)
+		w.log.Error("processes of a task could not be ended", errAttrs(err), "task_id", t.id)
 	}
 }
 
@@ -230,7 +230,7 @@ func (w *worker) runCommand(ctx context.Context, t *task, with *setup) (a attemp
 	}
 	defer func() {
 		if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			w.log.Warn("data file not removed", errAttrs(err), "task", t.id)
+			w.log.Warn("data file not removed", errAttrs(err), "task_id", t.id)
 		}
 	}()
 	w.records.keepData(t.id, data)
@@ -263,7 +263,7 @@ func (w *worker) runCommand(ctx context.Context, t *task, with *setup) (a attemp
 	a.exit, a.err = c.run(ctx)
 	a.hostFault = a.hostFault || isHostFault(a.err)
 	if a.exit.left != "" {
-		w.log.Error("processes of a task could not be ended", "task", t.id, "err", a.exit.left)
+		w.log.Error("processes of a task could not be ended", "task_id", t.id, "err", a.exit.left)
 	}
 	a.stderrTail = tail.text()
 	if a.err == nil && a.exit.code == 0 {
@@ -372,7 +372,7 @@ func (w *worker) conclude(t *task, a attempt) {
 		outcome.ExitCode = &a.exit.code
 	}
 	if a.status != statusFinish {
-		outcome.Error = a.reason()
+		outcome.Error, outcome.Code = a.reason(), codeOf(a.err)
 	}
 	w.finish(t, outcome)
 }
@@ -397,7 +397,7 @@ func (w *worker) finish(t *task, outcome taskFinished) {
 		if err == nil {
 			break
 		}
-		w.log.Error("end of task not journalled yet", errAttrs(err), "task", t.id)
+		w.log.Error("end of task not journalled yet", errAttrs(err), "task_id", t.id)
 		select {
 		case <-time.After(pause):
 		case <-w.ctx.Done():
@@ -427,7 +427,7 @@ func (w *worker) putBack(t *task) {
 		d.Nack(errPutBack)
 	}
 	w.records.release(t.id)
-	w.log.Info("task put back", "task", t.id, "event", t.event)
+	w.log.Info("task put back", "task_id", t.id, "event", t.event)
 }
 
 // stopTask ends a task for a cause: its command if it runs, its wait if it waits.

@@ -306,17 +306,17 @@ func (w *worker) take(l *brokerLink, event string, d Delivery) {
 			if moved {
 				w.control(same)
 			}
-			w.log.Info("task was delivered again while it is being done", "task", t.id)
+			w.log.Info("task was delivered again while it is being done", "task_id", t.id)
 			return
 		}
 		w.mu.Unlock()
-		w.log.Info("duplicate of a task that is being done", "task", t.id)
+		w.log.Info("duplicate of a task that is being done", "task_id", t.id)
 		w.ack(d)
 		return
 	}
 	if status, ended := w.journal.outcome(t.id); ended {
 		w.mu.Unlock()
-		w.log.Info("duplicate of a finished task, reported again", "task", t.id, "status", status)
+		w.log.Info("duplicate of a finished task, reported again", "task_id", t.id, "status", status)
 		l.reporter.enqueue(t.id+"_finish", []byte(status), "")
 		w.ack(d)
 		return
@@ -333,7 +333,7 @@ func (w *worker) take(l *brokerLink, event string, d Delivery) {
 	}, m.Data)
 	if err != nil {
 		w.forget(t.id)
-		w.log.Error("task not accepted", errAttrs(err), "task", t.id)
+		w.log.Error("task not accepted", errAttrs(err), "task_id", t.id)
 		if d.Nack != nil {
 			d.Nack(err)
 		}
@@ -365,7 +365,7 @@ func (w *worker) adopt(t *task) {
 		return
 	}
 	if err := w.journal.adopt(t.id); err != nil {
-		w.log.Error("task not taken over from the broker", errAttrs(err), "task", t.id)
+		w.log.Error("task not taken over from the broker", errAttrs(err), "task_id", t.id)
 		return
 	}
 	w.mu.Lock()
@@ -374,7 +374,7 @@ func (w *worker) adopt(t *task) {
 	w.mu.Unlock()
 	if d != nil {
 		w.ack(*d)
-		w.log.Info("the journal answers for a long task now", "task", t.id)
+		w.log.Info("the journal answers for a long task now", "task_id", t.id)
 	}
 }
 
@@ -500,7 +500,7 @@ func (w *worker) ack(d Delivery) {
 // journalled logs a journal entry that could not be written and whose loss costs no more than a repetition.
 func (w *worker) journalled(op, id string, err error) {
 	if err != nil {
-		w.log.Error(op, errAttrs(err), "task", id)
+		w.log.Error(op, errAttrs(err), "task_id", id)
 	}
 }
 
