@@ -352,10 +352,10 @@ func (a *apiServer) listJobs(w http.ResponseWriter, r *http.Request) error {
 	}
 	filter := recordFilter{status: taskStatus(query.Get("status")), event: query.Get("event"), limit: defaultListLimit}
 	switch filter.status {
-	case "", statusQueued, statusRunning, statusFinish, statusError, statusTimeout, statusTerminate:
+	case "", statusQueued, statusRunning, filterEnded, statusFinish, statusError, statusTimeout, statusTerminate:
 	default:
 		return badRequest("list jobs",
-			errors.New("status must be queued, running, finish, error, timeout or terminate"))
+			errors.New("status must be queued, running, ended, finish, error, timeout or terminate"))
 	}
 	if query.Has("limit") {
 		filter.limit, err = strconv.Atoi(query.Get("limit"))

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"sync"
 	"time"
+	"unicode/utf8"
 )
 
 const (
@@ -18,6 +19,7 @@ const (
 	maxEventReaders = 64
 	maxEventBacklog = 4 << 20 // bytes that wait for one reader
 	eventHeartbeat  = 15 * time.Second
+	eventTailBytes  = 1 << 10          // of each piece of output, for readers that want no more
 	followTimeout   = 10 * time.Minute // a reader of a log may pause that long
 )
 
@@ -63,15 +65,24 @@ func (a *apiServer) showLog(w http.ResponseWriter, r *http.Request) error {
 	return err
 }
 
-// showEvents is GET /events: the events of the bus as server-sent events, numbered, from now on.
+// showEvents is GET /events: the events of the bus as server-sent events, numbered, from now on. With output=tail a
+// piece of output comes as its last eventTailBytes only: enough to show what a task is at, however much it prints.
 func (a *apiServer) showEvents(w http.ResponseWriter, r *http.Request) error {
+	tail := false
+	switch r.URL.Query().Get("output") {
+	case "", "all":
+	case "tail":
+		tail = true
+	default:
+		return badRequest("read events", errors.New("output must be all or tail"))
+	}
 	reply := w.(*apiReply)
 	w.Header().Set("Content-Type", "text/event-stream")
 	if r.Method == http.MethodHead {
 		w.WriteHeader(http.StatusOK)
 		return nil
 	}
-	reader, err := a.feed.enter()
+	reader, err := a.feed.enter(tail)
 	if err != nil {
 		w.Header().Del("Content-Type")
 		return err
@@ -114,6 +125,7 @@ type eventFeed struct {
 	mu        sync.Mutex // guards all below
 	lastID    uint64     // of the last event, also when nobody read it: a gap shows that something was missed
 	readers   map[*eventReader]bool
+	tails     int // readers that want the tail of output only
 	followers int
 	closed    bool
 }
@@ -121,6 +133,7 @@ type eventFeed struct {
 // An eventReader is one reader: what waits for it. The feed's lock guards it.
 type eventReader struct {
 	feed    *eventFeed
+	tail    bool // of each piece of output, its end is enough
 	waiting [][]byte
 	bytes   int
 	dropped bool
@@ -135,22 +148,43 @@ func newEventFeed(bus *eventBus) *eventFeed {
 
 // handle takes an event of the bus. It returns at once, whatever the readers do.
 func (f *eventFeed) handle(e event) {
+	output, isOutput := e.(taskOutput)
+	long := isOutput && len(output.Data) > eventTailBytes
 	f.mu.Lock()
-	if len(f.readers) == 0 {
+	whole, cut := len(f.readers) > 0, long && f.tails > 0
+	if cut {
+		whole = len(f.readers) > f.tails
+	}
+	if !whole && !cut {
 		f.lastID++
 		f.mu.Unlock()
 		return
 	}
 	f.mu.Unlock()
-	data, err := json.Marshal(eventData(e))
-	if err != nil {
-		return
+	// Not under the lock, as it takes a while. Who enters meanwhile reads from the next event on.
+	var wholeData, cutData []byte
+	if whole {
+		wholeData = marshalEvent(e)
+	}
+	if cut {
+		output.Data = output.Data[len(output.Data)-eventTailBytes:]
+		for len(output.Data) > 0 && !utf8.RuneStart(output.Data[0]) {
+			output.Data = output.Data[1:]
+		}
+		cutData = marshalEvent(output)
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.lastID++
-	frame := fmt.Appendf(nil, "id: %d\nevent: %s\ndata: %s\n\n", f.lastID, e.eventName(), data)
+	wholeFrame, cutFrame := eventFrame(f.lastID, e, wholeData), eventFrame(f.lastID, e, cutData)
 	for reader := range f.readers {
+		frame := wholeFrame
+		if long && reader.tail {
+			frame = cutFrame
+		}
+		if frame == nil {
+			continue
+		}
 		if reader.bytes+len(frame) > maxEventBacklog {
 			reader.drop()
 			continue
@@ -159,6 +193,23 @@ func (f *eventFeed) handle(e event) {
 		reader.bytes += len(frame)
 		reader.wake()
 	}
+}
+
+// marshalEvent gives an event as JSON, nil if that is impossible.
+func marshalEvent(e event) []byte {
+	data, err := json.Marshal(eventData(e))
+	if err != nil {
+		return nil
+	}
+	return data
+}
+
+// eventFrame is an event as it is sent, nil without data.
+func eventFrame(id uint64, e event, data []byte) []byte {
+	if data == nil {
+		return nil
+	}
+	return fmt.Appendf(nil, "id: %d\nevent: %s\ndata: %s\n\n", id, e.eventName(), data)
 }
 
 // eventData is an event as readers see it: output with its text, times in milliseconds.
@@ -179,20 +230,31 @@ func eventData(e event) any {
 	return e
 }
 
-func (f *eventFeed) enter() (*eventReader, error) {
+func (f *eventFeed) enter(tail bool) (*eventReader, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if len(f.readers) >= maxEventReaders || f.closed {
 		return nil, tooManyReaders("read events")
 	}
-	reader := &eventReader{feed: f, ready: make(chan struct{}, 1)}
+	reader := &eventReader{feed: f, tail: tail, ready: make(chan struct{}, 1)}
 	f.readers[reader] = true
+	if tail {
+		f.tails++
+	}
 	return reader, nil
 }
 
 func (f *eventFeed) leave(reader *eventReader) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.remove(reader)
+}
+
+// remove takes a reader out, if it is still in. The lock is held.
+func (f *eventFeed) remove(reader *eventReader) {
+	if f.readers[reader] && reader.tail {
+		f.tails--
+	}
 	delete(f.readers, reader)
 }
 
@@ -239,7 +301,7 @@ func (r *eventReader) take() (frames [][]byte, more bool) {
 func (r *eventReader) drop() {
 	r.dropped = true
 	r.waiting, r.bytes = nil, 0
-	delete(r.feed.readers, r)
+	r.feed.remove(r)
 	r.wake()
 }
 

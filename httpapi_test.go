@@ -199,6 +199,7 @@ func TestAPICalls(t *testing.T) {
 		{"POST", "/msg/notif/done", `{"msg":"` + strings.Repeat(`\u0041`, maxNotifBytes) + `"}`, nil, 200, "AAA"},
 		{"GET", "/jobs", "", nil, 200, `"task_id":"busy"`},
 		{"GET", "/jobs?status=finish&event=e&limit=1&other=x", "", nil, 200, `"task_id":"done"`},
+		{"GET", "/jobs?status=ended", "", nil, 200, `{"jobs":[{"task_id":"done"`},
 		{"GET", "/jobs?event=nothing", "", nil, 200, `{"jobs":[]}`},
 		{"GET", "/job/done", "", nil, 200, `"msg":"späte <Nachricht>"`},
 		{"GET", "/job/waiting", "", nil, 200, `"created_at":null`},
@@ -283,6 +284,7 @@ func TestAPIRefusals(t *testing.T) {
 		{"POST", "/msg/notif/done", `{"msg":"` + strings.Repeat("x", maxNotifBytes+1) + `"}`, nil, 413, codeHTTPTooLarge},
 		{"POST", "/msg/notif/done", `{"msg":"` + strings.Repeat("x", maxNotifBodyBytes) + `"}`, nil, 413, codeHTTPTooLarge},
 		{"GET", "/jobs?status=gone", "", nil, 400, codeHTTPBadRequest},
+		{"GET", "/events?output=some", "", nil, 400, codeHTTPBadRequest},
 		{"GET", "/jobs?limit=0", "", nil, 400, codeHTTPBadRequest},
 		{"GET", "/jobs?limit=1001", "", nil, 400, codeHTTPBadRequest},
 		{"GET", "/jobs?limit=", "", nil, 400, codeHTTPBadRequest},
@@ -601,6 +603,34 @@ func TestAPIEvents(t *testing.T) {
 		got := readEvent(t, lines)
 		if got["event"] != want.name || !strings.Contains(got["data"], want.data) || got["id"] != fmt.Sprint(i+2) {
 			t.Errorf("event %d = %q; want %s with %s", i+2, got, want.name, want.data)
+		}
+	}
+}
+
+// TestAPIEventsTail reads the same output in both sizes. The cut falls into the middle of a character.
+func TestAPIEventsTail(t *testing.T) {
+	a := startAPI(t, "127.0.0.1:0", apiConfig{projectID: "local"})
+	read := func(query string) *bufio.Reader {
+		response, err := http.Get(a.base + "/events" + query)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { response.Body.Close() })
+		return bufio.NewReader(response.Body)
+	}
+	all, tail := read("?output=all"), read("?output=tail")
+	long := strings.Repeat("x", 5000) + "é" + strings.Repeat("y", eventTailBytes-1)
+	a.bus.publish(taskOutput{TaskID: "t", Data: []byte(long)})
+	a.bus.publish(taskOutput{TaskID: "t", Data: []byte("short")})
+	for _, want := range []struct {
+		reader *bufio.Reader
+		texts  []string
+	}{{all, []string{long, "short"}}, {tail, []string{long[len(long)-eventTailBytes+1:], "short"}}} {
+		for i, text := range want.texts {
+			got := readEvent(t, want.reader)
+			if got["id"] != fmt.Sprint(i+1) || !strings.Contains(got["data"], `"`+text+`"`) {
+				t.Errorf("event %s is %d bytes; want %d of text", got["id"], len(got["data"]), len(text))
+			}
 		}
 	}
 }

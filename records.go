@@ -61,9 +61,13 @@ type recordFilter struct {
 	limit  int
 }
 
+// filterEnded as a filter's status asks for the tasks that have ended, however they did.
+const filterEnded taskStatus = "ended"
+
 // matches reports whether a task with this status and event is wanted.
 func (f recordFilter) matches(status taskStatus, event string) bool {
-	return (f.status == "" || f.status == status) && (f.event == "" || f.event == event)
+	return (f.status == "" || f.status == status || f.status == filterEnded && status.final()) &&
+		(f.event == "" || f.event == event)
 }
 
 const (
