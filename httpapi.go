@@ -142,6 +142,7 @@ func newAPIServer(config apiConfig, service taskService, bus *eventBus, log *slo
 		bodyTimeout: time.Minute,
 	}
 	a.reconfigure(config)
+	a.handle("GET /{$}", a.showStatus)
 	a.handle("POST /job/create", a.createJob)
 	a.handle("POST /msg/notif/{task_id}", a.notify)
 	a.handle("GET /jobs", a.listJobs)
@@ -256,7 +257,7 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (a *apiServer) route(reply *apiReply, r *http.Request) {
 	handler, pattern := a.routes.Handler(r)
 	if _, ours := handler.(routeHandler); ours && pattern != "" {
-		if pattern != "GET /health" && !a.awaitRecords(r.Context()) {
+		if pattern != "GET /health" && pattern != "GET /{$}" && !a.awaitRecords(r.Context()) {
 			reply.err = fmt.Errorf("serve %s: %w", r.URL.Path, errStarting)
 			return
 		}
