@@ -58,6 +58,7 @@ type journal struct {
 	closed       bool
 	compactAfter time.Time
 	counts       journalStats
+	syncTimes    *histogram
 
 	wake    chan struct{} // someone waits for a sync
 	lazy    *time.Timer   // by then, what was written is to be synced
@@ -94,6 +95,8 @@ type journalStats struct {
 	Live         int    // tasks not reported yet
 	Entries      uint64 // written since it was opened
 	Syncs        uint64 // since it was opened
+	SyncErrors   uint64 // since it was opened; likewise the next
+	WriteErrors  uint64 // of any kind, syncs among them
 	LastSyncAt   time.Time
 	LastSyncTook time.Duration
 	TornBytes    int64 // cut off at opening: a write that a crash interrupted, never acknowledged
@@ -127,8 +130,8 @@ func openJournalSized(dir string, sizes journalSizes) (j *journal, tasks []journ
 	}
 	j = &journal{
 		dir: dir, sizes: sizes, lock: lock,
-		tasks: map[string]liveEntry{},
-		wake:  make(chan struct{}, 1), compact: make(chan bool, 1),
+		tasks: map[string]liveEntry{}, syncTimes: newHistogram(syncBounds()),
+		wake: make(chan struct{}, 1), compact: make(chan bool, 1),
 		stop: make(chan struct{}), quit: make(chan struct{}),
 		lazy: time.NewTimer(time.Hour), retry: time.NewTimer(time.Hour),
 	}
@@ -446,6 +449,7 @@ func (j *journal) failed(what string, err error) {
 		j.retry.Reset(syncDelay)
 	}
 	j.fault = j.writeError(what, err)
+	j.counts.WriteErrors++
 }
 
 func (j *journal) writeError(what string, err error) error {

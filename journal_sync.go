@@ -96,6 +96,7 @@ func (j *journal) sync() error {
 	} else if len(segments) > 0 {
 		j.counts.Syncs++
 		j.counts.LastSyncAt, j.counts.LastSyncTook = time.Now(), time.Since(begun)
+		j.syncTimes.observe(j.counts.LastSyncTook)
 		for _, s := range segments {
 			if s != j.tail() && !s.dirty {
 				s.file.Close()
@@ -126,6 +127,7 @@ func (j *journal) settle(batch *syncBatch, err error) {
 // segments hold. It needs mu.
 func (j *journal) distrust(segments []*segment, err error) {
 	j.failed("sync", err)
+	j.counts.SyncErrors++
 	j.tail().suspect = true
 	for _, s := range append(segments, j.unsynced...) {
 		s.suspect, s.dirty = true, false
