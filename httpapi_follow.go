@@ -127,6 +127,7 @@ type eventFeed struct {
 	readers   map[*eventReader]bool
 	tails     int // readers that want the tail of output only
 	followers int
+	dropped   uint64 // readers that could not keep up
 	closed    bool
 }
 
@@ -187,6 +188,7 @@ func (f *eventFeed) handle(e event) {
 		}
 		if reader.bytes+len(frame) > maxEventBacklog {
 			reader.drop()
+			f.dropped++
 			continue
 		}
 		reader.waiting = append(reader.waiting, frame)
@@ -272,6 +274,13 @@ func (f *eventFeed) leaveFollow() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.followers--
+}
+
+// count gives how many read events and follow logs now, and how many readers of events have been dropped.
+func (f *eventFeed) count() (readers, followers int, dropped uint64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.readers), f.followers, f.dropped
 }
 
 func tooManyReaders(op string) error {

@@ -331,6 +331,13 @@ func (r *records) failure() (int64, error) {
 	return r.failures, r.writeErr
 }
 
+// count gives how many records of finished tasks are kept, and of how many others there is one.
+func (r *records) count() (kept, live int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.index.order), len(r.live)
+}
+
 // close stops the store. Followers must have been stopped before.
 func (r *records) close() error {
 	r.mu.Lock()

@@ -35,6 +35,7 @@ type reporter struct {
 	room   sync.Cond  // unsent bytes have become fewer
 	unsent []outgoing
 	bytes  int
+	count  int // messages, those that are being sent among them
 	closed bool
 	heir   *reporter // sends what comes from now on; nil: this one does
 
@@ -97,6 +98,7 @@ func (r *reporter) enqueue(subject string, data []byte, settles string) {
 	}
 	r.unsent = append(r.unsent, outgoing{Message{Subject: subject, Data: data}, settles})
 	r.bytes += len(data)
+	r.count++
 	r.mu.Unlock()
 	r.wakeUp()
 }
@@ -187,7 +189,15 @@ func (r *reporter) arrived(sent []outgoing) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.bytes -= bytes
+	r.count -= len(sent)
 	r.room.Broadcast()
+}
+
+// backlog is what waits to be sent, and what is being sent.
+func (r *reporter) backlog() (messages, bytes int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.count, r.bytes
 }
 
 // handOver lets another reporter send what is unsent here, and all that comes from now on.
@@ -199,7 +209,7 @@ func (r *reporter) handOver(heir *reporter) {
 	for _, m := range r.unsent {
 		heir.enqueue(m.Subject, m.Data, m.settles)
 	}
-	r.unsent, r.bytes, r.heir = nil, 0, heir
+	r.unsent, r.bytes, r.count, r.heir = nil, 0, 0, heir
 	r.room.Broadcast()
 }
 
