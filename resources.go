@@ -6,7 +6,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"strings"
 	"time"
 
 	"github.com/shirou/gopsutil/v3/disk"
@@ -22,19 +21,38 @@ func (w *worker) watchResources(ctx context.Context) {
 	defer ticker.Stop()
 	for paused := false; ; {
 		cfg := w.config()
-		short := shortage(cfg.TakeWhen, cfg.DataDir)
+		lack := map[string]string{
+			pausedByDisk: diskShortage(cfg.TakeWhen, cfg.DataDir), pausedByMemory: memoryShortage(cfg.TakeWhen),
+			pausedByJournal: w.journalFault(),
+		}
+		short := ""
+		for _, text := range []string{lack[pausedByDisk], lack[pausedByMemory]} {
+			if text != "" && short == "" {
+				short = "tasks are not taken: " + text
+			} else if text != "" {
+				short += "; " + text
+			}
+		}
 		w.setProblem("resources", short)
 		w.setProblem("record writes", w.records.mend())
 		if short == "" {
-			short = w.journalFault()
+			short = lack[pausedByJournal]
+		}
+		for reason, text := range lack {
+			if text != "" {
+				w.queue.pause(reason)
+			}
+		}
+		for reason, text := range lack { // afterwards, so that one reason follows another without a gap
+			if text == "" {
+				w.queue.resume(reason)
+			}
 		}
 		switch {
 		case short != "" && !paused:
-			w.queue.pause("resources")
 			w.log.Warn("no new task is started", "err", short)
 		case short == "" && paused:
 			w.log.Info("tasks are started again")
-			w.queue.resume("resources")
 			w.wakeConsumers()
 		}
 		paused = short != ""
@@ -61,23 +79,25 @@ func (w *worker) journalFault() string {
 	return ""
 }
 
-// shortage says what there is too little of, "" if nothing. What cannot be measured is taken as enough.
-func shortage(need TakeWhen, dataDir string) string {
-	var short []string
+// diskShortage says what there is too little of on the disk of the data, "" if nothing. What cannot be measured is taken
+// as enough.
+func diskShortage(need TakeWhen, dataDir string) string {
 	if need.DiskFree > 0 {
 		if usage, err := disk.Usage(dataDir); err == nil && usage.Free < uint64(need.DiskFree) {
-			short = append(short, fmt.Sprintf("%d bytes free on the disk of %s, fewer than take_when.disk_free %d",
-				usage.Free, dataDir, need.DiskFree))
+			return fmt.Sprintf("%d bytes free on the disk of %s, fewer than take_when.disk_free %d",
+				usage.Free, dataDir, need.DiskFree)
 		}
 	}
+	return ""
+}
+
+// memoryShortage is the same of memory.
+func memoryShortage(need TakeWhen) string {
 	if need.MemoryFree > 0 {
 		if memory, err := mem.VirtualMemory(); err == nil && memory.Available < uint64(need.MemoryFree) {
-			short = append(short, fmt.Sprintf("%d bytes of memory available, fewer than take_when.memory_free %d",
-				memory.Available, need.MemoryFree))
+			return fmt.Sprintf("%d bytes of memory available, fewer than take_when.memory_free %d",
+				memory.Available, need.MemoryFree)
 		}
 	}
-	if len(short) == 0 {
-		return ""
-	}
-	return "tasks are not taken: " + strings.Join(short, "; ")
+	return ""
 }

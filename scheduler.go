@@ -4,6 +4,7 @@ package main
 // limit, as long as a slot is free and nothing pauses the worker. It knows nothing of what running means.
 
 import (
+	"maps"
 	"slices"
 	"sync"
 )
@@ -15,7 +16,7 @@ type scheduler struct {
 	mu      sync.Mutex // guards what follows
 	slots   int        // tasks at once, all jobs together
 	running int
-	paused  map[string]bool // reasons why nothing is started
+	paused  map[string]bool // reasons why nothing is started, of those below
 	lanes   map[string]*lane
 	waiting []*lane // the lanes that hold a task, in no order
 	arrived uint64
@@ -128,6 +129,25 @@ func (s *scheduler) free(event string) int {
 	}
 	l := s.lane(event)
 	return max(0, min(s.slots-s.running-waiting, l.limit-l.running-(len(l.tasks)-l.head)))
+}
+
+// Why the worker starts no task.
+const (
+	pausedByDisk    = "disk"
+	pausedByMemory  = "memory"
+	pausedByJournal = "journal"
+	pausedByDrain   = "draining"
+)
+
+func pauseReasons() []string {
+	return []string{pausedByDisk, pausedByMemory, pausedByJournal, pausedByDrain}
+}
+
+// pauses gives the reasons for which nothing is started.
+func (s *scheduler) pauses() map[string]bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return maps.Clone(s.paused)
 }
 
 // pause stops new tasks from being started for a reason; resume takes that reason back.
