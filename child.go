@@ -46,6 +46,7 @@ type workerProcess struct {
 	cfg      *Config // as it was at the start
 	listener net.Listener
 	api      *apiServer
+	metrics  *metrics
 	records  *records // nil until they could be opened
 	log      *slog.Logger
 	notify   func(notice) // tells the parent, if there is one
@@ -205,7 +206,10 @@ func (p *workerProcess) run(ctx context.Context) error {
 
 	bus := &eventBus{}
 	bus.subscribe(logEvents(p.log))
+	p.metrics = newMetrics(p.service, p.cfg)
+	bus.subscribe(p.metrics.handle)
 	p.api = newAPIServer(apiConfigOf(p.cfg), p.service, bus, p.log)
+	p.api.serveMetrics(p.metrics)
 	served := make(chan error, 1)
 	go func() { served <- p.api.serve(p.listener) }() // ends at api.shutdown
 	configured := make(chan struct{})
@@ -275,7 +279,9 @@ func (p *workerProcess) configure(ctx context.Context, bus *eventBus) {
 		}
 		var err error
 		if w != nil {
+			p.metrics.reconfigure(cfg) // first: a new job's tasks may start at once
 			if err = w.reconfigure(cfg); err != nil {
+				p.metrics.reconfigure(w.config())
 				p.log.Error("configuration not taken up, the one before stays", errAttrs(err))
 				w.setProblem("configuration", codedText(err))
 				continue
@@ -291,6 +297,7 @@ func (p *workerProcess) configure(ctx context.Context, bus *eventBus) {
 			pause = min(2*pause, maxRestartPause)
 			continue
 		}
+		p.metrics.reconfigure(cfg)
 		p.api.reconfigure(apiConfigOf(cfg))
 		p.service.fill(w)
 		working.Add(3)

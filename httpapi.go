@@ -126,8 +126,9 @@ type apiServer struct {
 	routes      *http.ServeMux
 	server      *http.Server
 	feed        *eventFeed
-	largeBodies chan struct{} // holds a value per large body in memory
-	bodyTimeout time.Duration // for a JSON body, and for each piece of a file
+	answered    [6]atomic.Int64 // requests, by the first digit of their status
+	largeBodies chan struct{}   // holds a value per large body in memory
+	bodyTimeout time.Duration   // for a JSON body, and for each piece of a file
 }
 
 // newAPIServer prepares a server; it takes events from bus until shutdown.
@@ -242,6 +243,7 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("X-Frame-Options", "DENY")
 	w.Header().Set("Cache-Control", "no-store")
 	defer func() {
+		a.countAnswer(reply.status)
 		a.log.Debug("http request", "method", r.Method, "path", r.URL.Path, "status", reply.status,
 			"addr", r.RemoteAddr, "dur", time.Since(begin))
 	}()
@@ -257,9 +259,13 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (a *apiServer) route(reply *apiReply, r *http.Request) {
 	handler, pattern := a.routes.Handler(r)
 	if _, ours := handler.(routeHandler); ours && pattern != "" {
-		if pattern != "GET /health" && pattern != "GET /{$}" && !a.awaitRecords(r.Context()) {
-			reply.err = fmt.Errorf("serve %s: %w", r.URL.Path, errStarting)
-			return
+		switch pattern {
+		case "GET /health", "GET /{$}", metricsPattern: // these need none
+		default:
+			if !a.awaitRecords(r.Context()) {
+				reply.err = fmt.Errorf("serve %s: %w", r.URL.Path, errStarting)
+				return
+			}
 		}
 		a.routes.ServeHTTP(reply, r)
 		return

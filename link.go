@@ -39,6 +39,7 @@ type brokerLink struct {
 	creating  int                 // tasks that are being created through it
 	err       error               // why there is no connection; errNotConnected before the first
 	since     time.Time           // of err
+	lost      bool                // the connection, once at least
 }
 
 // openLink opens a connection as cfg says. It returns before there is one.
@@ -60,6 +61,7 @@ func (w *worker) openLink(cfg *Config) (*brokerLink, error) {
 		l.quit()
 		return nil, err
 	}
+	l.broker = meteredBroker{l.broker, &w.counts}
 	l.reporter = newReporter(l.broker, hostID(), w.log, w.settle)
 	l.follower = newFollower(l.broker, w.records)
 	return l, nil
@@ -82,6 +84,14 @@ func (w *worker) linkChanged(l *brokerLink, err error) {
 	w.mu.Lock()
 	if (err == nil) != (l.err == nil) {
 		l.since = now
+		switch {
+		case l.ctx.Err() != nil: // it has been replaced
+		case err != nil:
+			l.lost = true
+			w.counts.disconnects.Add(1)
+		case l.lost:
+			w.counts.reconnects.Add(1)
+		}
 	}
 	l.err = err
 	w.mu.Unlock()

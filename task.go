@@ -296,6 +296,7 @@ func (w *worker) taskRuns(t *task, p processIdentity) error {
 // postpone lets a task wait until this host may have again what running it takes.
 func (w *worker) postpone(t *task, reason error) {
 	t.crashes = 0
+	w.counts.postponed.Add(1)
 	w.wait(t)
 	w.journalled("put task back", t.id, w.journal.returned(t.id))
 	w.holdJob(t, reason)
@@ -427,6 +428,7 @@ func (w *worker) putBack(t *task) {
 		d.Nack(errPutBack)
 	}
 	w.records.release(t.id)
+	w.counts.putBack.Add(1)
 	w.log.Info("task put back", "task_id", t.id, "event", t.event)
 }
 

@@ -66,8 +66,8 @@ type worker struct {
 	links      []*brokerLink     // these and those that were replaced and are still needed
 	crashed    map[string]int    // of tasks left to their broker: starts that ended with an earlier life of this worker
 	problems   map[string]string // by what they are about: journal, resources, …
-	refused    uint64            // messages that were no tasks
 
+	counts       workerCounts
 	runningTasks atomic.Int64
 	ended        [4]atomic.Int64 // by finalIndex
 }
@@ -196,6 +196,9 @@ func (w *worker) recover(found []journalTask) {
 	}
 	waiting := 0
 	for _, t := range found {
+		if t.Outcome == nil && t.Process != (processIdentity{}) {
+			w.counts.interrupted.Add(1)
+		}
 		switch {
 		case t.Outcome != nil:
 			w.know(&task{id: t.ID, event: t.Event, createdAt: t.CreatedAt, status: t.Outcome.Status})
@@ -208,6 +211,7 @@ func (w *worker) recover(found []journalTask) {
 			w.journalled("release task", t.ID, w.journal.released(t.ID))
 		default:
 			waiting++
+			w.counts.recovered.Add(1)
 			recovered := &task{
 				id: t.ID, event: t.Event, createdAt: t.CreatedAt, data: t.Data, status: statusQueued,
 				attempts: t.Attempts, crashes: t.Crashes, failures: t.Failures,
@@ -276,9 +280,7 @@ func validTaskID(id string) bool {
 func (w *worker) take(l *brokerLink, event string, d Delivery) {
 	m, err := parseTaskMessage(d.Data)
 	if err != nil {
-		w.mu.Lock()
-		w.refused++
-		w.mu.Unlock()
+		w.counts.refused.Add(1)
 		w.log.Warn("message refused", errAttrs(err), "subject", d.Subject)
 		w.ack(d)
 		return
@@ -297,6 +299,7 @@ func (w *worker) take(l *brokerLink, event string, d Delivery) {
 		}
 	}
 	if same := w.known[t.id]; same != nil {
+		w.counts.duplicates.Add(1)
 		// A broker that lost the connection delivers again what it held; the new delivery is the one to settle.
 		if d.Held && same.delivery != nil && !same.status.final() {
 			same.delivery = &d
@@ -316,6 +319,7 @@ func (w *worker) take(l *brokerLink, event string, d Delivery) {
 	}
 	if status, ended := w.journal.outcome(t.id); ended {
 		w.mu.Unlock()
+		w.counts.duplicates.Add(1)
 		w.log.Info("duplicate of a finished task, reported again", "task_id", t.id, "status", status)
 		l.reporter.enqueue(t.id+"_finish", []byte(status), "")
 		w.ack(d)
@@ -333,6 +337,7 @@ func (w *worker) take(l *brokerLink, event string, d Delivery) {
 	}, m.Data)
 	if err != nil {
 		w.forget(t.id)
+		w.counts.unaccepted.Add(1)
 		w.log.Error("task not accepted", errAttrs(err), "task_id", t.id)
 		if d.Nack != nil {
 			d.Nack(err)
@@ -520,7 +525,7 @@ func (w *worker) drain(ctx context.Context) {
 		}
 	}
 	w.mu.Unlock()
-	w.queue.pause("draining")
+	w.queue.pause(pausedByDrain)
 	for _, c := range consumers {
 		c.Stop()
 	}
