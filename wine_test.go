@@ -153,10 +153,10 @@ func TestWineUnits(t *testing.T) {
 	w := newWine(t)
 	cmd := w.command(buildForWindows(t), "-test.timeout", "60s", "-test.v", "-test.run",
 		"^(TestStaleLeaderEnded|TestCommandBoundFromItsCreation|TestHostFaultsOfWindows|TestDataFileIsNoDevice|"+
-			"TestListenWaits|TestConnectionRefusedHints)$")
+			"TestListenWaits|TestConnectionRefusedHints|TestMetricsOfProcess)$")
 	cmd.Env = append(slices.Clone(cmd.Env), "JOB_ITEM_TEST_MAIN=")
 	out, err := cmd.CombinedOutput()
-	if passed := bytes.Count(out, []byte("--- PASS")); err != nil || passed != 6 {
+	if passed := bytes.Count(out, []byte("--- PASS")); err != nil || passed != 7 {
 		t.Errorf("%d tests have passed, %v\n%s", passed, err, out)
 	}
 }
