@@ -26,12 +26,31 @@ need() {
 	echo "$1 is missing: install it (Debian package $2)" >&2
 	exit 1
 }
+# take PROGRAM PACKAGE: only the program, from a Debian package that would bring a server along.
+take() {
+	command -v "$1" >/dev/null 2>&1 && return 0
+	if command -v apt-get >/dev/null 2>&1 && [ "$(id -u)" = 0 ]; then
+		say "taking $1 from $2"
+		if [ -z "${UPDATED:-}" ]; then
+			apt-get update -qq >/dev/null
+			UPDATED=1
+		fi
+		package=$(mktemp -d)
+		(cd "$package" && apt-get download -qq "$2" 2>/dev/null && dpkg-deb --fsys-tarfile ./*.deb | tar xO "./usr/bin/$1" >"$1" &&
+			install "$1" /usr/local/bin/) || true
+		rm -rf "$package"
+		command -v "$1" >/dev/null 2>&1 && return 0
+	fi
+	echo "$1 is missing: install it (Debian package $2)" >&2
+	exit 1
+}
 need gcc gcc # the race detector links with it
 need python3 python3
 need node nodejs
 need nats-server nats-server
 need redis-server redis-server
 need rabbitmq-server rabbitmq-server
+take promtool prometheus
 export JOB_ITEM_TEST_COMPLETE=1 # a test that lacks its program fails instead of being skipped
 
 say "gofmt"
