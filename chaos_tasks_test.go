@@ -64,7 +64,7 @@ fi
 note begin
 case $1 in
 some | stubborn) rest "$2" ;;
-long) for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do rest "$2"; done ;;
+long) for i in 1 2 3 4 5 6 7 8 9 10; do rest "$2"; done ;;
 print) seq 20000 ;;
 flaky) test "$(grep -c ^end "$notes")" -ge 2 || { note end; exit 1; } ;;
 fail) echo why >&2; note end; exit 3 ;;
@@ -74,6 +74,9 @@ slow | endless) beside; wait ;;
 esac
 note end
 `
+
+// chaosDying is how long a killed process may go on.
+const chaosDying = 300 * time.Millisecond
 
 // chaosPrinted is what a print task writes: the numbers to 20,000, a line each.
 const chaosPrinted = 9*2 + 90*3 + 900*4 + 9000*5 + 10001*6
@@ -133,6 +136,27 @@ func (l *chaosLedger) ended(id string, status taskStatus) {
 		l.unfinished--
 	}
 	t.statuses = append(t.statuses, status)
+}
+
+// wrote notes that so much of a task's output has arrived, beyond what had before.
+func (l *chaosLedger) wrote(id string, bytes int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	t := l.task(id)
+	t.taken = true
+	t.printed += bytes
+}
+
+// open gives the accepted tasks of which no end is known.
+func (l *chaosLedger) open() (ids []string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for id, t := range l.tasks {
+		if t.job != nil && len(t.statuses) == 0 {
+			ids = append(ids, id)
+		}
+	}
+	return ids
 }
 
 // isFull reports whether enough tasks are on their way.
@@ -207,9 +231,10 @@ func (c *chaosRun) watch(ctx context.Context, random *rand.Rand) {
 		c.takeEvents()
 		for _, w := range c.workers {
 			if c.server == nil {
-				for _, v := range w.jobs("limit=200") {
-					if v.Status.final() {
-						c.endedHere(v)
+				for _, id := range c.ledger.open() {
+					if v := w.task(id); v.TaskID == id && v.Status.final() {
+						c.ledger.wrote(id, int(v.OutputBytes))
+						c.ledger.ended(id, v.Status)
 					}
 				}
 			}
@@ -219,17 +244,6 @@ func (c *chaosRun) watch(ctx context.Context, random *rand.Rand) {
 				}
 			}
 		}
-	}
-}
-
-// endedHere notes what a record on the embedded queue says, once.
-func (c *chaosRun) endedHere(v taskView) {
-	c.ledger.mu.Lock()
-	known := len(c.ledger.task(v.TaskID).statuses) > 0
-	c.ledger.task(v.TaskID).printed = int(v.OutputBytes)
-	c.ledger.mu.Unlock()
-	if !known {
-		c.ledger.ended(v.TaskID, v.Status)
 	}
 }
 
@@ -256,13 +270,10 @@ func (c *chaosRun) takeEvents() {
 		switch what {
 		case "finish":
 			c.ledger.ended(id, taskStatus(e.data))
-		case "who", "process":
-			c.ledger.mu.Lock()
-			c.ledger.task(id).taken = true
-			if what == "process" {
-				c.ledger.task(id).printed += len(e.data)
-			}
-			c.ledger.mu.Unlock()
+		case "who":
+			c.ledger.wrote(id, 0)
+		case "process":
+			c.ledger.wrote(id, len(e.data))
 		}
 	}
 }
@@ -277,10 +288,8 @@ func cutLast(s, separator string) (before, after string, found bool) {
 
 // awaitQuiet waits until every accepted task has ended and no worker has anything left.
 func (c *chaosRun) awaitQuiet() {
-	limit := 30 * time.Second
-	if c.server != nil {
-		limit = 90 * time.Second // a dead worker's claims take up to 40 s to be given to others
-	}
+	// A dead worker's claims take up to 40 s to be given to others, and the tasks that take long have piled up.
+	const limit = 2 * time.Minute
 	deadline := time.Now().Add(limit)
 	for {
 		missing := c.unfinished()
@@ -461,7 +470,7 @@ func (c *chaosRun) struckBetween(worker string, from, to time.Time) (first chaos
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, b := range c.blows {
-		if (b.worker == worker || b.worker == "") && b.to.After(from) && b.from.Before(to) && (!struck || b.from.Before(first.from)) {
+		if (b.worker == worker || b.worker == "") && b.to.Add(chaosDying).After(from) && b.from.Before(to) && (!struck || b.from.Before(first.from)) {
 			first, struck = b, true
 		}
 	}
