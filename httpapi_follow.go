@@ -4,6 +4,7 @@ package main
 // that cannot keep up with events is dropped; it never slows who publishes them.
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -16,11 +17,15 @@ import (
 
 const (
 	maxFollowers    = 256 // logs being followed at once
-	maxEventReaders = 64
+	maxEventReaders = 256
 	maxEventBacklog = 4 << 20 // bytes that wait for one reader
-	eventHeartbeat  = 15 * time.Second
-	eventTailBytes  = 1 << 10          // of each piece of output, for readers that want no more
-	followTimeout   = 10 * time.Minute // a reader of a log may pause that long
+
+	// eventPace is the least time between two writes to one reader: hundreds of them must not slow the tasks down that
+	// they look at.
+	eventPace      = 100 * time.Millisecond
+	eventHeartbeat = 15 * time.Second
+	eventTailBytes = 1 << 10          // of each piece of output, for readers that want no more
+	followTimeout  = 10 * time.Minute // a reader of a log may pause that long
 )
 
 // showLog is GET /job/{task_id}/log.
@@ -93,13 +98,16 @@ func (a *apiServer) showEvents(w http.ResponseWriter, r *http.Request) error {
 	defer heartbeat.Stop()
 	for {
 		frames, more := reader.take()
-		for _, frame := range frames {
-			if _, err := reply.Write(frame); err != nil {
+		if len(frames) > 0 {
+			if _, err := reply.Write(bytes.Join(frames, nil)); err != nil {
 				return err
 			}
-		}
-		if len(frames) > 0 {
 			reply.flush()
+			select {
+			case <-time.After(eventPace):
+			case <-r.Context().Done():
+				return nil
+			}
 			continue
 		}
 		if !more {
