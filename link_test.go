@@ -321,6 +321,7 @@ func newLogins(t *testing.T) []*rebrokering {
 // TestBrokerBeforeIsLost takes the old login away, or kills the old server, right after the change: nothing that runs is
 // run by another worker as well, and its story goes on over the new connection.
 func TestBrokerBeforeIsLost(t *testing.T) {
+	t.Parallel() // it mostly waits
 	changes := newLogins(t)
 	gone := newNATSServer(t, "-js", "-sd", t.TempDir())
 	next := newNATSServer(t, "-js", "-sd", t.TempDir())
@@ -502,6 +503,7 @@ func TestClaimsOutliveTheLastProcess(t *testing.T) {
 // TestNewBrokerAway names servers that are not there: the one before serves on, and the health says what is wrong until
 // the configuration is right, whichever way that is.
 func TestNewBrokerAway(t *testing.T) {
+	t.Parallel() // it mostly waits
 	first, second := newNATSServer(t), newNATSServer(t)
 	wrong := "{type: nats, host: 127.0.0.1, port: " + freePort(t) + "}"
 	a := workerOn(t, brokerKinds[0], first, "w1", "concurrency: 2"+gateJobs)

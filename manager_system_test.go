@@ -93,6 +93,7 @@ jobs:
 
 // TestManagerAwayAtFirst starts a worker that has never heard of its manager.
 func TestManagerAwayAtFirst(t *testing.T) {
+	t.Parallel() // it mostly waits
 	manager := newFakeManager(t, "p1")
 	manager.stop()
 	a := newAgent(t, manager.config()+"jobs: [{event: e, cmd: 'true'}]\n")

@@ -92,7 +92,7 @@ execs:
 				select {
 				case <-stop:
 					return
-				case <-time.After(10 * time.Millisecond):
+				case <-time.After(40 * time.Millisecond):
 				}
 				event := "quick"
 				if (n+i)%8 == 0 {

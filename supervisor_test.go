@@ -19,6 +19,7 @@ import (
 // TestParentKilled lets the worker of a killed parent end what runs, as it does when it is told to stop. It runs longer
 // than the pause between two signs of life, which nobody reads any more.
 func TestParentKilled(t *testing.T) {
+	t.Parallel() // it mostly waits
 	a := newAgent(t, `
 concurrency: 1
 jobs:
@@ -102,6 +103,7 @@ func configuredListen(t *testing.T, a *agent) string {
 // TestServiceManager plays systemd: it is told when the worker is ready, reloads and stops, and hears of it as long as
 // the worker makes progress. A worker that hangs is killed and started again by the parent.
 func TestServiceManager(t *testing.T) {
+	t.Parallel() // it mostly waits
 	socket := filepath.Join(t.TempDir(), "notify")
 	manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
 	if err != nil {
@@ -155,6 +157,7 @@ func TestServiceManager(t *testing.T) {
 // TestStopInBounds stops job_item while everything ignores SIGTERM: it ends within drain_timeout and kill_after, and at
 // once at a second signal. The task runs again after the next start.
 func TestStopInBounds(t *testing.T) {
+	t.Parallel() // it mostly waits
 	a := newAgent(t, `
 drain_timeout: 1s
 kill_after: 1s
