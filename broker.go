@@ -31,6 +31,10 @@ type Broker interface {
 	// SubscribeAll is Subscribe for a subject whose messages are for every worker of the project.
 	SubscribeAll(subject string, handle func(data []byte)) (unsubscribe func())
 
+	// Listens reports whether another worker, on any connection, has called Subscribe for {task_id}_listen, as one does
+	// that has the task. That may take a second or two.
+	Listens(ctx context.Context, taskID string) (bool, error)
+
 	// Consume takes this worker's share of the tasks on a job's subject and hands each to handle, which may be called
 	// concurrently and returns when the worker has accepted the delivery or refused it with Nack. It does not wait for
 	// the broker either.
@@ -79,15 +83,26 @@ type Delivery struct {
 	// Attempt is how often the broker has delivered it, from 1; 0 where the broker does not count.
 	Attempt int
 
+	// Again says that another worker may have been given the message before, and may have it still.
+	Again bool
+
 	// HeldFor is how long the broker keeps an unsettled delivery at most; 0: as long as it takes. Before it is over the
 	// worker makes the journal answer for the task, and acknowledges.
 	HeldFor time.Duration
 
 	// Ack settles the delivery for good. Nack puts it back, for reason; before handle returns, Nack means that the
-	// delivery was never accepted. Only the first of these calls counts; both return when the broker has been told, or
+	// delivery was never accepted. Only the first of these calls, and of
+	// Leave, counts; both return when the broker has been told, or
 	// with why it was not: then it delivers again.
 	Ack  func(ctx context.Context) error
 	Nack func(reason error)
+
+	// Leave settles the delivery in favour of another worker that has the message still, and keeps its claim alive. Where
+	// it is nil such a worker has to be given the message to have it.
+	Leave func()
+
+	// Settled asks the broker whether the message has been acknowledged meanwhile, by another worker; nil: it cannot tell.
+	Settled func(ctx context.Context) (bool, error)
 }
 
 // A brokerOptions is what opening a broker takes.

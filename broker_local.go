@@ -92,6 +92,12 @@ func (b *localBroker) SubscribeAll(subject string, handle func(data []byte)) fun
 	return b.Subscribe(subject, handle)
 }
 
+func (b *localBroker) Listens(_ context.Context, taskID string) (bool, error) {
+	b.mu.RLock()
+	defer b.mu.RUnlock()
+	return len(b.subscriptions[taskID+listenSuffix]) > 0, nil
+}
+
 // Consume has no use for slots: what waits, waits in the journal.
 func (b *localBroker) Consume(subject string, _ Slots, handle func(Delivery)) Consumer {
 	b.mu.Lock()

@@ -20,6 +20,11 @@ const (
 
 	// natsDrainLimit bounds how long a consumer that stops waits for what the server has sent it already.
 	natsDrainLimit = 3 * time.Second
+
+	// natsHolderSuffix, behind {task_id}_listen, is where workers ask each other whether one has the task, which has
+	// natsAnswerLimit to say so.
+	natsHolderSuffix = ".held"
+	natsAnswerLimit  = 1500 * time.Millisecond
 )
 
 // A natsBroker has at most one connection at a time, a natsLink, and makes the next one when it is lost. The library's
@@ -250,7 +255,40 @@ func (b *natsBroker) keeps(subject string) bool {
 func (b *natsBroker) Subscribe(subject string, handle func(data []byte)) func() {
 	s := &natsSubscription{subject: subject, handle: func(m *nats.Msg) { handle(m.Data) }}
 	b.subscribe(s)
-	return func() { b.unsubscribe(s) }
+	if !b.config.Durable || !strings.HasSuffix(subject, listenSuffix) {
+		return func() { b.unsubscribe(s) }
+	}
+	asked := &natsSubscription{subject: subject + natsHolderSuffix, handle: func(m *nats.Msg) { _ = m.Respond(nil) }}
+	b.subscribe(asked)
+	return func() {
+		b.unsubscribe(s)
+		b.unsubscribe(asked)
+	}
+}
+
+// Listens asks on a subject of its own, whose answers tell a worker that lives from one that has just lost its host, and
+// from somebody who reads along on every subject.
+func (b *natsBroker) Listens(ctx context.Context, taskID string) (bool, error) {
+	l := b.current()
+	if l == nil {
+		return false, b.errAway("look for the holder of a task")
+	}
+	ctx, stop := context.WithTimeout(ctx, natsAnswerLimit)
+	defer stop()
+	_, err := l.nc.RequestWithContext(ctx, taskID+listenSuffix+natsHolderSuffix, nil)
+	switch {
+	case err == nil:
+		return true, nil
+	case errors.Is(err, nats.ErrNoResponders):
+		return false, nil
+	case !errors.Is(err, context.DeadlineExceeded):
+		return false, fmt.Errorf("look for the holder of a task: %w", err)
+	}
+	// Silence means that nobody lives there, if the server does.
+	if err := l.roundTrip(b.ctx, b.roundTripLimit); err != nil {
+		return false, fmt.Errorf("look for the holder of a task: %w", err)
+	}
+	return false, nil
 }
 
 func (b *natsBroker) SubscribeAll(subject string, handle func(data []byte)) func() {

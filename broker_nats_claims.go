@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"sync"
 	"time"
+
+	"github.com/nats-io/nats.go"
 )
 
 // natsClaims are the unsettled deliveries of a broker.
@@ -122,6 +124,29 @@ func (d *natsDelivery) nack(reason error) {
 		c.broker.log.Warn("delivery not put back; it is delivered again later", errAttrs(err), "subject", c.subject,
 			"reason", fmt.Sprint(reason))
 	}
+}
+
+// leave lets go of the message without a word. The claims of all who have it are one: whoever still renews it keeps it.
+func (d *natsDelivery) leave() {
+	if claims := &d.consumer.broker.claims; claims.settle(d) {
+		claims.remove(d)
+	}
+}
+
+// isSettled reports whether the stream has deleted the message, as one for work does once it is acknowledged.
+func (d *natsDelivery) isSettled(ctx context.Context) (bool, error) {
+	l := d.consumer.broker.current()
+	if l == nil {
+		return false, d.consumer.broker.errAway("look for a task in its stream")
+	}
+	js, err := l.nc.JetStream(nats.MaxWait(natsAPILimit))
+	if err == nil {
+		_, err = js.GetMsg(d.id.stream, d.id.sequence, nats.Context(ctx))
+	}
+	if errors.Is(err, nats.ErrMsgNotFound) {
+		return true, nil
+	}
+	return false, err
 }
 
 // settle reports whether this is the first verdict on a delivery.

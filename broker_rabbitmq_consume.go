@@ -329,6 +329,7 @@ func (s *rabbitSession) hand(d amqp.Delivery) {
 		var settled, returned, refused atomic.Bool
 		s.handle(Delivery{
 			Subject: s.queue.name, Data: d.Body, Held: true, Attempt: attemptOf(d), HeldFor: s.broker.heldFor,
+			Again: d.Redelivered,
 			Ack: func(ctx context.Context) error {
 				if settled.Swap(true) {
 					return nil

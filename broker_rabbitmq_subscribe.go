@@ -75,6 +75,29 @@ func (b *rabbitBroker) passOn(own *rabbitSubscription, d Delivery, stop <-chan s
 	}
 }
 
+// Listens looks whether the queue is consumed. The broker drops a consumer with its connection, and gives nobody a task
+// whose holder's connection it still takes for alive.
+func (b *rabbitBroker) Listens(_ context.Context, taskID string) (bool, error) {
+	conn := b.consuming.current()
+	if conn == nil {
+		return false, errors.New("look for the holder of a task: no connection to rabbitmq")
+	}
+	var queue amqp.Queue
+	conn.mu.Lock()
+	defer conn.mu.Unlock()
+	err := conn.do(func(ch *amqp.Channel) (err error) {
+		queue, err = ch.QueueDeclarePassive(taskID+listenSuffix, false, true, false, false, nil)
+		return err
+	})
+	if rabbitCode(err) == amqp.NotFound {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("look for the holder of a task: %w", err)
+	}
+	return queue.Consumers > 0, nil
+}
+
 func (b *rabbitBroker) subscribe(subject string, queue rabbitQueue, handle func(data []byte)) *rabbitSubscription {
 	s := &rabbitSubscription{subject: subject, queue: queue, handle: handle, complaint: rabbitComplaint{log: b.log}}
 	b.mu.Lock()

@@ -30,6 +30,7 @@ const (
 
 	redisDialLimit    = 5 * time.Second
 	redisCommandLimit = 5 * time.Second // for a reply, and for a write
+	redisAnswerLimit  = 3 * time.Second // for a sign of life of a task's holder
 	redisConnections  = 5               // for commands: one waits for tasks, the others settle and publish
 	redisBufferBytes  = 16 << 10        // per connection and direction
 
@@ -339,6 +340,36 @@ func (b *redisBroker) Publish(ctx context.Context, messages ...Message) (sent in
 		}
 	}
 	return len(messages), nil
+}
+
+// Listens asks for a sign of life where there is a subscriber: the connection of a host that has just died stays for long.
+func (b *redisBroker) Listens(ctx context.Context, taskID string) (bool, error) {
+	s, away := b.current()
+	if s == nil {
+		return false, away
+	}
+	channel := taskID + listenSuffix
+	listeners, err := s.client.PubSubNumSub(ctx, channel).Result()
+	if err != nil || listeners[channel] == 0 {
+		return false, err
+	}
+	answered := make(chan struct{}, 1)
+	defer b.Subscribe(channel+".callback", func([]byte) { rouse(answered) })()
+	limit := time.After(redisAnswerLimit)
+	for {
+		if err := s.client.Publish(ctx, channel, "").Err(); err != nil {
+			return false, err
+		}
+		select {
+		case <-answered:
+			return true, nil
+		case <-time.After(redisAnswerLimit / 10): // the subscription may not be there yet
+		case <-limit:
+			return false, nil
+		case <-ctx.Done():
+			return false, context.Cause(ctx)
+		}
+	}
 }
 
 // Close ends the session and every goroutine. What is unsettled then is delivered again.

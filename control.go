@@ -14,7 +14,10 @@ const (
 	// before anybody could mean it, and should not pay for it.
 	controlDelay = 50 * time.Millisecond
 
-	// maxControlled bounds the tasks whose control subjects are listened on, since very many may wait.
+	// listenSuffix makes the subject of a sign of life of a task's id.
+	listenSuffix = "_listen"
+
+	// maxControlled bounds the waiting tasks whose control subjects are listened on, since very many may wait.
 	maxControlled = 10_000
 )
 
@@ -22,10 +25,8 @@ const (
 func (w *worker) control(t *task) {
 	w.mu.Lock()
 	l := t.link
-	var before func()
-	before, t.uncontrol = t.uncontrol, nil
 	w.mu.Unlock()
-	if before != nil {
+	if before := w.takeControl(t); before != nil {
 		before()
 	}
 	if l == nil || l.isLocal() {
@@ -33,7 +34,9 @@ func (w *worker) control(t *task) {
 	}
 	time.AfterFunc(controlDelay, func() {
 		w.mu.Lock()
-		wanted := t.link == l && w.controlled < maxControlled
+		mine := t.link == l && !t.givenBack
+		wanted := mine && (t.status == statusRunning || w.controlled < maxControlled)
+		t.unheard = mine && !wanted
 		if wanted {
 			w.controlled++
 		}
@@ -43,8 +46,8 @@ func (w *worker) control(t *task) {
 		}
 		// The broker is never called with mu held: it has locks of its own, and calls us back.
 		stopWorker := l.broker.Subscribe(t.id+"_worker", func(data []byte) { w.obey(t, data) })
-		stopListen := l.broker.Subscribe(t.id+"_listen", func([]byte) {
-			l.reporter.enqueue(t.id+"_listen.callback", []byte("world"), "")
+		stopListen := l.broker.Subscribe(t.id+listenSuffix, func([]byte) {
+			l.reporter.enqueue(t.id+listenSuffix+".callback", []byte("world"), "")
 		})
 		stop := func() {
 			stopWorker()
@@ -54,7 +57,7 @@ func (w *worker) control(t *task) {
 			w.controlled--
 		}
 		w.mu.Lock()
-		known := t.link == l
+		known := t.link == l && !t.givenBack
 		if known {
 			t.uncontrol = stop
 		}
@@ -63,6 +66,22 @@ func (w *worker) control(t *task) {
 			stop()
 		}
 	})
+}
+
+// takeControl gives the end of the listening on a task's control subjects to whoever calls it; nil: there is none.
+func (w *worker) takeControl(t *task) (uncontrol func()) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	uncontrol, t.uncontrol = t.uncontrol, nil
+	return uncontrol
+}
+
+// linger listens on for a finished task whose delivery could not be settled: the broker will deliver it again, and whoever
+// gets it is to leave it to this worker, which knows that it has ended.
+func (w *worker) linger(t *task) {
+	if uncontrol := w.takeControl(t); uncontrol != nil {
+		time.AfterFunc(lingerLimit, uncontrol)
+	}
 }
 
 // obey does what a message on {task_id}_worker says.

@@ -53,6 +53,8 @@ type task struct {
 	woken     chan struct{}           // closed to end a pause before a retry
 	adoption  *time.Timer             // to when the journal answers in the broker's stead; nil: never
 	uncontrol func()                  // ends the listening on its control subjects; nil: there is none
+	unheard   bool                    // there are too many of those; it is listened for once it runs
+	givenBack bool                    // its broker has it delivered again
 }
 
 // A jobRunner is a job made ready to run: what is the same for each of its tasks is done once.
@@ -160,9 +162,12 @@ func (w *worker) attemptTask(t *task) (a attempt, putBack bool) {
 	t.stop = stop
 	t.status = statusRunning
 	t.pid, t.startedAt = 0, time.Time{}
-	stopped, taken := t.stopped, t.taken
+	stopped, taken, unheard := t.stopped, t.taken, t.unheard
 	t.taken = true
 	w.mu.Unlock()
+	if unheard {
+		w.control(t)
+	}
 	if !taken {
 		w.bus.publish(taskTaken{TaskID: t.id, Event: t.event, At: time.Now()})
 	}
@@ -420,11 +425,15 @@ func (w *worker) putBack(t *task) {
 	w.mu.Lock()
 	d := t.delivery
 	t.delivery = nil
+	t.givenBack = d != nil
 	w.mu.Unlock()
 	if d == nil {
 		w.journalled("put task back", t.id, w.journal.returned(t.id))
 	} else {
 		w.journalled("give task back", t.id, w.journal.released(t.id))
+		if uncontrol := w.takeControl(t); uncontrol != nil {
+			uncontrol() // before, so that whoever is given it does not find it held
+		}
 		d.Nack(errPutBack)
 	}
 	w.records.release(t.id)

@@ -49,6 +49,7 @@ type worker struct {
 
 	draining   chan struct{}  // closed when drain begins
 	background sync.WaitGroup // what links do besides tasks, until drained
+	looking    sync.WaitGroup // for holders of tasks that were delivered again, until drained
 
 	opened    chan struct{} // closed once the journal is open and tells what is unfinished
 	ready     chan struct{} // closed once the broker has taken every subscription for the first time
@@ -275,8 +276,7 @@ func validTaskID(id string) bool {
 	return true
 }
 
-// take is where a delivery becomes a task: it is checked, told from what is known already, and journalled. What cannot
-// be journalled is put back.
+// take checks a delivery and accepts the task, where need be after another worker has been looked for that has it.
 func (w *worker) take(l *brokerLink, event string, d Delivery) {
 	m, err := parseTaskMessage(d.Data)
 	if err != nil {
@@ -285,6 +285,20 @@ func (w *worker) take(l *brokerLink, event string, d Delivery) {
 		w.ack(d)
 		return
 	}
+	if !w.mayBeHeld(d, m.TaskID) {
+		w.accept(l, event, d, m)
+		return
+	}
+	w.mu.Lock()
+	l.tasks++ // it stays meanwhile
+	w.mu.Unlock()
+	w.looking.Add(1)
+	go w.takeIfUnheld(l, event, d, m) // ends when the task is accepted, left or put back, at the latest when drain begins
+}
+
+// accept is where a delivery becomes a task: it is told from what is known already, and journalled. What cannot be
+// journalled is put back.
+func (w *worker) accept(l *brokerLink, event string, d Delivery, m taskMessage) {
 	t := &task{id: m.TaskID, event: event, createdAt: time.Now(), status: statusQueued}
 	if d.Held {
 		t.delivery = &d
@@ -331,6 +345,7 @@ func (w *worker) take(l *brokerLink, event string, d Delivery) {
 	w.perEvent[event]++
 	w.mu.Unlock()
 
+	var err error
 	t.data, err = w.journal.accept(journalTask{
 		ID: t.id, Subject: d.Subject, Event: event, Held: d.Held, CreatedAt: t.createdAt,
 		Attempts: t.attempts, Crashes: t.crashes,
@@ -467,39 +482,33 @@ func (w *worker) forget(id string) *task {
 // settle ends the story of a task whose _finish has arrived.
 func (w *worker) settle(id string) {
 	w.mu.Lock()
-	var l *brokerLink
-	if t := w.known[id]; t != nil {
-		l = t.link
-		l.tasks++ // it is not closed before the delivery is settled
+	t := w.known[id]
+	var d *Delivery
+	if t != nil {
+		d = t.delivery
 	}
 	w.mu.Unlock()
-	if t := w.forget(id); t != nil {
-		w.mu.Lock()
-		d := t.delivery
-		w.mu.Unlock()
-		if d != nil {
-			w.ack(*d)
-		}
+	if d != nil && w.ack(*d) != nil {
+		w.linger(t)
 	}
-	if l != nil {
-		w.mu.Lock()
-		l.tasks--
-		w.mu.Unlock()
-	}
+	// Last, since it ends the listening: whoever is given the task again finds either that or the task settled.
+	w.forget(id)
 	w.journalled("note task as reported", id, w.journal.reported(id))
 }
 
 // ack settles a delivery with its broker. A failure is the broker's to mend: it delivers again, and the journal knows.
-func (w *worker) ack(d Delivery) {
+func (w *worker) ack(d Delivery) error {
 	if d.Ack == nil {
-		return
+		return nil
 	}
 	// Not under the tasks' context: a draining worker still settles what has ended.
 	ctx, stop := context.WithTimeout(context.WithoutCancel(w.ctx), settleTimeout)
 	defer stop()
-	if err := d.Ack(ctx); err != nil {
+	err := d.Ack(ctx)
+	if err != nil {
 		w.log.Warn("delivery not acknowledged", errAttrs(err), "subject", d.Subject)
 	}
+	return err
 }
 
 // journalled logs a journal entry that could not be written and whose loss costs no more than a repetition.
@@ -529,6 +538,7 @@ func (w *worker) drain(ctx context.Context) {
 	for _, c := range consumers {
 		c.Stop()
 	}
+	w.looking.Wait()
 	w.putBackWaiting()
 	if n := w.runningTasks.Load(); n > 0 {
 		w.log.Info("waiting for running tasks", "count", n, "limit", w.config().DrainTimeout.String())

@@ -1,0 +1,124 @@
+package main
+
+// redelivery.go is about tasks that a broker delivers again although a worker may still run them: a broker that was
+// killed forgets who holds what, and some give a task to the next worker as soon as the holder's connection is lost. A
+// holder listens on its task's subjects for as long as it knows the task (control.go), so whoever is given such a task
+// first finds out whether somebody does (PROTOCOL section 5: a task is never run twice at once).
+
+import (
+	"context"
+	"errors"
+	"time"
+)
+
+var errHeldElsewhere = errors.New("another worker has the task")
+
+const (
+	// lookPause lies between two looks for a task's holder, and nobody is believed to hold it before lookLimit: a holder
+	// whose connection was cut needs a moment to make the next one.
+	lookPause = 250 * time.Millisecond
+	lookLimit = time.Second
+
+	// returnLimit is how long after an outage holders may take to be back: their pauses between two tries grow to
+	// maxReconnectPause, and each has to connect and to subscribe.
+	returnLimit = 2 * maxReconnectPause
+
+	// leavePause is how long a delivery is kept whose holder has to get it to know that it is still the one.
+	leavePause = 2 * time.Second
+
+	// lingerLimit is how long a finished task is listened for whose delivery could not be settled: it is on its way to
+	// another worker, which leaves it to this one.
+	lingerLimit = time.Minute
+)
+
+// mayBeHeld reports whether a task that is not known here may be another worker's.
+func (w *worker) mayBeHeld(d Delivery, id string) bool {
+	if !d.Held || !d.Again {
+		return false
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	_, ended := w.journal.outcome(id)
+	return w.known[id] == nil && !ended
+}
+
+// takeIfUnheld takes a delivery unless another worker holds its task, which it is left to then.
+func (w *worker) takeIfUnheld(l *brokerLink, event string, d Delivery, m taskMessage) {
+	defer func() {
+		w.mu.Lock()
+		l.tasks--
+		w.mu.Unlock()
+		w.looking.Done()
+	}()
+	ctx, stop := context.WithCancel(l.ctx)
+	defer stop()
+	go func() { // ends with the function around it
+		select {
+		case <-w.draining:
+			stop()
+		case <-ctx.Done():
+		}
+	}()
+	held, err := w.findHolder(ctx, l, d, m.TaskID)
+	switch {
+	case err != nil:
+		d.Nack(err)
+	case !held:
+		w.accept(l, event, d, m)
+	default:
+		w.counts.duplicates.Add(1)
+		w.log.Info("task was delivered again while another worker has it, left to that one", "task_id", m.TaskID)
+		if d.Leave != nil {
+			d.Leave()
+			return
+		}
+		waitOut(ctx, leavePause)
+		d.Nack(errHeldElsewhere)
+	}
+}
+
+// findHolder reports whether another worker holds a task, or has settled it meanwhile. An error is ctx's end.
+func (w *worker) findHolder(ctx context.Context, l *brokerLink, d Delivery, id string) (bool, error) {
+	limit := lookLimit
+	if d.Attempt == 1 {
+		limit = 0 // most likely nobody has had it
+	}
+	for began := time.Now(); ; {
+		listens, err := l.broker.Listens(ctx, id)
+		switch {
+		case ctx.Err() != nil:
+			return false, context.Cause(ctx)
+		case err != nil:
+			w.log.Debug("holder of a task not looked for", errAttrs(err), "task_id", id)
+		case listens:
+			return true, nil
+		case time.Since(began) >= limit && (d.Attempt == 1 || w.othersAreBack(l)):
+			// A holder listens until it has settled its delivery, so this comes last.
+			if d.Settled == nil {
+				return false, nil
+			}
+			if settled, err := d.Settled(ctx); err == nil {
+				return settled, nil
+			}
+		}
+		waitOut(ctx, lookPause)
+	}
+}
+
+// waitOut returns after a pause, or when ctx ends.
+func waitOut(ctx context.Context, pause time.Duration) {
+	timer := time.NewTimer(pause)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+}
+
+// othersAreBack reports whether a link's connection is there, and the last outage so long ago that every worker has
+// its own again.
+func (w *worker) othersAreBack(l *brokerLink) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return l.err == nil && (!l.lost || time.Since(l.since) > returnLimit)
+}
