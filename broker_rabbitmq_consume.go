@@ -5,6 +5,7 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"fmt"
 	"math"
 	"sync"
@@ -43,6 +44,34 @@ type rabbitConsumer struct {
 
 	refusals atomic.Int32 // in a row, by handle
 	resumeAt atomic.Int64 // Unix nanoseconds; after a refusal nothing is taken before
+
+	staleMu sync.Mutex // guards what follows
+	stale   map[rabbitMessage]struct{}
+}
+
+// A rabbitMessage is the same for every delivery of a message, by its body's sum: nothing else of it need be its own.
+type rabbitMessage [sha256.Size]byte
+
+// outlive notes a delivery that is unsettled at the end of its channel. The broker delivers the message again, and this
+// worker is the one that should have it, although its task still takes a slot: it is room for one more.
+func (c *rabbitConsumer) outlive(m rabbitMessage) {
+	c.staleMu.Lock()
+	defer c.staleMu.Unlock()
+	c.stale[m] = struct{}{}
+}
+
+// back notes that a message is here again, or that its task has ended.
+func (c *rabbitConsumer) back(m rabbitMessage) {
+	c.staleMu.Lock()
+	defer c.staleMu.Unlock()
+	delete(c.stale, m)
+}
+
+// awaited is how many messages are to come back.
+func (c *rabbitConsumer) awaited() int {
+	c.staleMu.Lock()
+	defer c.staleMu.Unlock()
+	return len(c.stale)
 }
 
 // Consume takes tasks from the durable queue of the subject, which it declares and binds where that is missing.
@@ -54,6 +83,7 @@ func (b *rabbitBroker) consume(queue rabbitQueue, slots Slots, handle func(Deliv
 	c := &rabbitConsumer{
 		broker: b, queue: queue, slots: slots, handle: handle, ready: make(chan struct{}), wake: make(chan struct{}, 1),
 		stopping: make(chan struct{}), quiet: make(chan struct{}), complaint: rabbitComplaint{log: b.log},
+		stale: map[rabbitMessage]struct{}{},
 	}
 	b.mu.Lock()
 	b.consumers[c] = struct{}{}
@@ -142,10 +172,12 @@ type rabbitSession struct {
 	mu        sync.Mutex // guards what follows
 	unsettled int
 	inWindow  map[string]int // unsettled, by the subscription they came by
+	messages  map[rabbitMessage]struct{}
+	over      bool // the channel is
 }
 
 func (c *rabbitConsumer) openSession(conn *rabbitConn) (*rabbitSession, error) {
-	s := &rabbitSession{rabbitConsumer: c, conn: conn, inWindow: map[string]int{}}
+	s := &rabbitSession{rabbitConsumer: c, conn: conn, inWindow: map[string]int{}, messages: map[rabbitMessage]struct{}{}}
 	if err := s.declare(); err != nil {
 		return nil, err
 	}
@@ -230,7 +262,7 @@ func (s *rabbitSession) adjust() (again time.Duration, err error) {
 		s.unsubscribe(s.hand)
 		return wait, nil
 	}
-	room := min(s.slots.Limit()-unsettled, s.slots.Free()-int(s.inHandle.Load()))
+	room := min(s.slots.Limit()-unsettled, s.slots.Free()-int(s.inHandle.Load())+s.awaited())
 	switch {
 	case room > 0 && open > 0:
 		s.fullSince = time.Time{}
@@ -317,10 +349,12 @@ func (s *rabbitSession) hand(d amqp.Delivery) {
 	if s.channel.IsClosed() {
 		return // the broker delivers it again
 	}
-	tag := d.ConsumerTag
+	tag, message := d.ConsumerTag, rabbitMessage(sha256.Sum256(d.Body))
+	s.back(message)
 	s.mu.Lock()
 	s.unsettled++
 	s.inWindow[tag]++
+	s.messages[message] = struct{}{}
 	s.mu.Unlock()
 	s.inHandle.Add(1)
 	s.handling.Add(1)
@@ -334,7 +368,7 @@ func (s *rabbitSession) hand(d amqp.Delivery) {
 				if settled.Swap(true) {
 					return nil
 				}
-				return s.settle(ctx, tag, func() error { return d.Ack(false) })
+				return s.settle(ctx, tag, message, func() error { return d.Ack(false) })
 			},
 			Nack: func(reason error) {
 				if settled.Swap(true) {
@@ -348,7 +382,7 @@ func (s *rabbitSession) hand(d amqp.Delivery) {
 				}
 				ctx, stop := context.WithTimeout(context.Background(), s.conn.limit)
 				defer stop()
-				if err := s.settle(ctx, tag, func() error { return d.Nack(false, true) }); err != nil {
+				if err := s.settle(ctx, tag, message, func() error { return d.Nack(false, true) }); err != nil {
 					s.broker.log.Debug("delivery not put back, the broker does that itself", errAttrs(err), "subject", s.queue.name)
 				}
 			},
@@ -365,14 +399,19 @@ func (s *rabbitSession) hand(d amqp.Delivery) {
 // settle tells the broker what became of a delivery. RabbitMQ does not answer that; what is lost on the way is delivered
 // again, and the worker's journal knows it. After the channel's end, by a lost connection or the broker's timeout, it is
 // an error: the tag means nothing any more.
-func (s *rabbitSession) settle(ctx context.Context, tag string, tell func() error) error {
+func (s *rabbitSession) settle(ctx context.Context, tag string, message rabbitMessage, tell func() error) error {
 	err := s.conn.write(ctx, tell)
 	s.mu.Lock()
 	s.unsettled--
 	if s.inWindow[tag]--; s.inWindow[tag] == 0 {
 		delete(s.inWindow, tag)
 	}
+	delete(s.messages, message)
+	over := s.over
 	s.mu.Unlock()
+	if over {
+		s.back(message)
+	}
 	s.broker.wakeConsumers()
 	if err != nil {
 		return fail(codeRabbitStale, fmt.Sprintf("settle a delivery of queue %q", s.queue.name), err)
@@ -409,6 +448,12 @@ func (s *rabbitSession) ended(err *amqp.Error) error {
 }
 
 func (s *rabbitSession) close() {
+	s.mu.Lock()
+	s.over = true
+	for message := range s.messages {
+		s.outlive(message)
+	}
+	s.mu.Unlock()
 	if !s.channel.IsClosed() {
 		_ = s.conn.call(s.channel.Close) // it ends with the connection otherwise
 	}

@@ -71,6 +71,19 @@ func (c *collector) finish(t testing.TB, taskID string) []publishedEvent {
 type portGate struct {
 	listener net.Listener
 	open     atomic.Bool
+
+	mu  sync.Mutex // guards what follows
+	ins []net.Conn
+}
+
+// cut ends every connection through the gate.
+func (g *portGate) cut() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, in := range g.ins {
+		in.Close()
+	}
+	g.ins = nil
 }
 
 func openPortGate(t testing.TB, to string) *portGate {
@@ -96,6 +109,9 @@ func openPortGate(t testing.TB, to string) *portGate {
 				}
 				continue
 			}
+			g.mu.Lock()
+			g.ins = append(g.ins, in)
+			g.mu.Unlock()
 			for _, pair := range [][2]net.Conn{{in, out}, {out, in}} {
 				go func() { // ends with either connection
 					io.Copy(pair[0], pair[1])

@@ -23,7 +23,8 @@ const (
 	// maxReconnectPause, and each has to connect and to subscribe.
 	returnLimit = 2 * maxReconnectPause
 
-	// leavePause is how long a delivery is kept whose holder has to get it to know that it is still the one.
+	// leavePause is how long a delivery is kept that the holder has to be given, and as often as it has been made where
+	// the broker counts, since some give a message up that comes back too often.
 	leavePause = 2 * time.Second
 
 	// lingerLimit is how long a finished task is listened for whose delivery could not be settled: it is on its way to
@@ -72,7 +73,7 @@ func (w *worker) takeIfUnheld(l *brokerLink, event string, d Delivery, m taskMes
 			d.Leave()
 			return
 		}
-		waitOut(ctx, leavePause)
+		waitOut(ctx, min(leavePause*time.Duration(max(1, d.Attempt)), lingerLimit/2))
 		d.Nack(errHeldElsewhere)
 	}
 }
@@ -91,7 +92,11 @@ func (w *worker) findHolder(ctx context.Context, l *brokerLink, d Delivery, id s
 		case err != nil:
 			w.log.Debug("holder of a task not looked for", errAttrs(err), "task_id", id)
 		case listens:
-			return true, nil
+			if d.Leave != nil || d.Settled == nil {
+				return true, nil
+			}
+			// The claim is this worker's now: it is kept until the holder has settled the message, or is gone.
+			began = time.Now()
 		case time.Since(began) >= limit && (d.Attempt == 1 || w.othersAreBack(l)):
 			// A holder listens until it has settled its delivery, so this comes last.
 			if d.Settled == nil {

@@ -1,0 +1,294 @@
+//go:build unix
+
+package main
+
+// redelivery_test.go has brokers deliver tasks again that are still being done, and checks that nobody else begins with
+// them, and that somebody does once their worker is gone.
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// A heldTask is a task that runs on one of two workers until it is released, each behind a gate of its own.
+type heldTask struct {
+	t            *testing.T
+	kind         brokerKind
+	server       testServer
+	events       *collector
+	holder, heir *agent
+	gate         *portGate // of the holder
+	dir          string    // notes of the runs
+}
+
+const heldTaskID = "held-1"
+
+func startHeldTask(t *testing.T, kind brokerKind, server testServer) *heldTask {
+	t.Helper()
+	h := &heldTask{t: t, kind: kind, server: server, events: server.collect(t), dir: t.TempDir()}
+	h.holder, h.gate = h.worker("holder")
+	kind.publish(t, server, "hold", heldTaskID, "{}")
+	h.awaitNote("holder begin")
+	h.awaitHeld()
+	h.heir, _ = h.worker("heir")
+	return h
+}
+
+// worker starts a worker behind a gate.
+func (h *heldTask) worker(name string) (*agent, *portGate) {
+	h.t.Helper()
+	connection := h.kind.connection(h.server)
+	port := regexp.MustCompile(`port: (\d+)`)
+	gate := openPortGate(h.t, "127.0.0.1:"+port.FindStringSubmatch(connection)[1])
+	_, to, _ := strings.Cut(gate.listener.Addr().String(), ":")
+	a := newAgent(h.t, fmt.Sprintf(`identity_id: %s
+credential: {project_id: p1}
+broker_connection: %s
+concurrency: 1
+drain_timeout: 0s
+kill_after: 200ms
+jobs:
+  - event: hold
+    cmd: 'echo %[1]s begin >> %[3]s/notes; until test -e %[3]s/enough; do sleep 0.05; done; echo %[1]s end >> %[3]s/notes'
+`, name, port.ReplaceAllString(connection, "port: "+to), h.dir))
+	return a.start(), gate
+}
+
+func (h *heldTask) notes() []string {
+	content, _ := os.ReadFile(filepath.Join(h.dir, "notes"))
+	return strings.Split(strings.TrimSpace(string(content)), "\n")
+}
+
+func (h *heldTask) awaitNote(note string) {
+	h.t.Helper()
+	waitFor(h.t, 20*time.Second, func() string {
+		if notes := h.notes(); !slices.Contains(notes, note) {
+			return fmt.Sprintf("notes are %q; want %q", notes, note)
+		}
+		return ""
+	})
+}
+
+// awaitHeld waits until it can be known who has the task.
+func (h *heldTask) awaitHeld() {
+	h.t.Helper()
+	waitFor(h.t, 10*time.Second, func() string {
+		h.server.publish(h.t, heldTaskID+"_listen", "?")
+		if countOf(h.events.of(heldTaskID), "_listen.callback") == 0 {
+			return "no sign of life"
+		}
+		return ""
+	})
+}
+
+func (h *heldTask) awaitLog(a *agent, text string) {
+	h.t.Helper()
+	waitFor(h.t, 30*time.Second, func() string {
+		if !strings.Contains(a.log.String(), text) {
+			return fmt.Sprintf("nothing of %q in the log:\n%s", text, a.log)
+		}
+		return ""
+	})
+}
+
+// release lets the task end, and checks that it has run once, on its holder.
+func (h *heldTask) release() {
+	h.t.Helper()
+	if err := os.WriteFile(filepath.Join(h.dir, "enough"), nil, 0o600); err != nil {
+		h.t.Fatal(err)
+	}
+	h.events.finish(h.t, heldTaskID)
+	for _, a := range []*agent{h.holder, h.heir} {
+		waitFor(h.t, 20*time.Second, func() string {
+			if jobs := a.health().Jobs; jobs["running"]+jobs["queued"] > 0 {
+				return fmt.Sprintf("jobs are %v", jobs)
+			}
+			return ""
+		})
+	}
+	if got := h.notes(); !slices.Equal(got, []string{"holder begin", "holder end"}) {
+		h.t.Errorf("the task noted %q; want one run of the holder\nholder: %s\nheir: %s", got, h.holder.log, h.heir.log)
+	}
+	if n := countOf(h.events.of(heldTaskID), "_finish"); n != 1 {
+		h.t.Errorf("%d finish events", n)
+	}
+}
+
+const (
+	logLeft  = "left to that one"
+	logAgain = "delivered again while it is being done"
+)
+
+// TestRedeliveryOnNATS gives a held task to somebody else, as a server does that has forgotten who holds it. Claims are
+// lost after 3 s here.
+func TestRedeliveryOnNATS(t *testing.T) {
+	kind := brokerKinds[slices.IndexFunc(brokerKinds, func(k brokerKind) bool { return k.name == "nats-durable" })]
+	start := func(t *testing.T) (*heldTask, *nats.Conn) {
+		server := startNATS(t).(*natsServer)
+		nc := server.client(t)
+		js, err := nc.JetStream()
+		if err != nil {
+			t.Fatal(err)
+		}
+		name := natsName("p1.hold")
+		if _, err := js.AddStream(&nats.StreamConfig{Name: name, Subjects: []string{"p1.hold"}, Retention: nats.WorkQueuePolicy}); err != nil {
+			t.Fatal(err)
+		}
+		_, err = js.AddConsumer(name, &nats.ConsumerConfig{
+			Durable: name, FilterSubject: "p1.hold", AckPolicy: nats.AckExplicitPolicy, AckWait: 3 * time.Second, MaxAckPending: -1,
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return startHeldTask(t, kind, server), nc
+	}
+	t.Run("forgotten", func(t *testing.T) {
+		t.Parallel()
+		h, nc := start(t)
+		name := natsName("p1.hold")
+		nak := fmt.Sprintf("$JS.ACK.%s.%s.1.1.1.%d.0", name, name, time.Now().UnixNano())
+		if err := nc.Publish(nak, []byte("-NAK")); err != nil {
+			t.Fatal(err)
+		}
+		h.awaitLog(h.heir, logLeft)
+		// The holder's claim is good again: nobody is given the task for longer than a claim lasts.
+		time.Sleep(4 * time.Second)
+		if n := strings.Count(h.heir.log.String(), logLeft); n != 1 {
+			t.Errorf("the heir was given the task %d times", n)
+		}
+		h.release()
+	})
+	t.Run("restarted", func(t *testing.T) {
+		t.Parallel()
+		h, _ := start(t)
+		h.server.stop(t)
+		h.server.start(t)
+		h.awaitHeld()
+		h.release()
+	})
+	t.Run("cut", func(t *testing.T) {
+		t.Parallel()
+		h, nc := start(t)
+		h.gate.open.Store(false)
+		h.gate.cut()
+		name := natsName("p1.hold")
+		if err := nc.Publish(fmt.Sprintf("$JS.ACK.%s.%s.1.1.1.%d.0", name, name, time.Now().UnixNano()), []byte("-NAK")); err != nil {
+			t.Fatal(err)
+		}
+		h.gate.open.Store(true)
+		h.awaitLog(h.heir, logLeft)
+		h.release()
+	})
+	t.Run("killed", func(t *testing.T) {
+		t.Parallel()
+		h, _ := start(t)
+		h.killHolder()
+		h.expectHeir(8 * time.Second)
+	})
+	t.Run("drained", func(t *testing.T) {
+		t.Parallel()
+		h, _ := start(t)
+		h.holder.cmd.Process.Signal(syscall.SIGTERM)
+		h.expectHeir(5 * time.Second)
+	})
+}
+
+// TestRedeliveryOnRabbitMQ loses the holder's connection, on which the broker gives its task to the next.
+func TestRedeliveryOnRabbitMQ(t *testing.T) {
+	kind := brokerKinds[slices.IndexFunc(brokerKinds, func(k brokerKind) bool { return k.name == "rabbitmq" })]
+	t.Run("restarted", func(t *testing.T) {
+		h := startHeldTask(t, kind, startRabbitMQ(t))
+		h.server.stop(t)
+		h.server.start(t)
+		h.awaitLog(h.holder, logAgain)
+		h.release()
+	})
+	t.Run("cut", func(t *testing.T) {
+		t.Parallel()
+		h := startHeldTask(t, kind, startRabbitMQ(t))
+		h.gate.cut()
+		h.awaitLog(h.holder, logAgain)
+		h.release()
+	})
+	t.Run("killed", func(t *testing.T) {
+		t.Parallel()
+		h := startHeldTask(t, kind, startRabbitMQ(t))
+		h.killHolder()
+		h.expectHeir(6 * time.Second)
+	})
+	t.Run("drained", func(t *testing.T) {
+		t.Parallel()
+		h := startHeldTask(t, kind, startRabbitMQ(t))
+		h.holder.cmd.Process.Signal(syscall.SIGTERM)
+		h.expectHeir(5 * time.Second)
+	})
+}
+
+func (h *heldTask) killHolder() {
+	pid := h.holder.childPID()
+	h.holder.cmd.Process.Kill()
+	syscall.Kill(pid, syscall.SIGKILL)
+	<-h.holder.gone
+}
+
+// expectHeir waits until the heir has begun with the task.
+func (h *heldTask) expectHeir(limit time.Duration) {
+	h.t.Helper()
+	began := time.Now()
+	h.awaitNote("heir begin")
+	h.t.Logf("the heir began after %v", time.Since(began).Round(10*time.Millisecond))
+	if took := time.Since(began); took > limit {
+		h.t.Errorf("the heir began after %v; want at most %v\n%s", took, limit, h.heir.log)
+	}
+}
+
+// TestListens asks every broker whether somebody has a task.
+func TestListens(t *testing.T) {
+	onEveryBroker(t, func(t *testing.T, kind brokerKind, server testServer) {
+		if !kind.durable {
+			t.Skip("it delivers nothing again")
+		}
+		t.Parallel()
+		a := newAgent(t, "credential: {project_id: p1}\nbroker_connection: "+kind.connection(server)+"\njobs: [{event: e, cmd: 'true'}]\n")
+		cfg, err := loadConfig(filepath.Join(a.dir, "config.yaml"), os.LookupEnv)
+		if err != nil {
+			t.Fatal(err)
+		}
+		asks, has := openForTest(t, cfg.Broker, "p1", "asks"), openForTest(t, cfg.Broker, "p1", "has")
+		await := func(id string, want bool) {
+			t.Helper()
+			waitFor(t, 10*time.Second, func() string {
+				if got, err := asks.Listens(context.Background(), id); got != want || err != nil {
+					return fmt.Sprintf("Listens(%q) = %v, %v; want %v", id, got, err, want)
+				}
+				return ""
+			})
+		}
+		await("a.1", false)
+		answer := func([]byte) {
+			has.Publish(context.Background(), Message{Subject: "a.1_listen.callback", Data: []byte("world")})
+		}
+		stop := has.Subscribe("a.1_listen", func(data []byte) { go answer(data) })
+		await("a.1", true)
+		await("a.2", false)
+		stop()
+		await("a.1", false)
+		if kind.name == "rabbitmq" {
+			return // it knows whether a host lives
+		}
+		events := server.collect(t) // listens on everything, or
+		has.Subscribe("a.3_who", func([]byte) {})
+		await("a.3", false)
+		_ = events
+	})
+}
