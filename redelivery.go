@@ -71,33 +71,33 @@ func (w *worker) takeIfUnheld(l *brokerLink, event string, d Delivery, m taskMes
 		w.log.Info("task was delivered again while another worker has it, left to that one", "task_id", m.TaskID)
 		if d.Leave != nil {
 			d.Leave()
-			return
+		} else {
+			d.Nack(errHeldElsewhere) // for the holder to get it
 		}
-		waitOut(ctx, min(leavePause*time.Duration(max(1, d.Attempt)), lingerLimit/2))
-		d.Nack(errHeldElsewhere)
 	}
 }
 
-// findHolder reports whether another worker holds a task, or has settled it meanwhile. An error is ctx's end.
+// findHolder reports whether another worker holds a task, or has settled it meanwhile. It returns when that is sure and
+// there is something to do about it; an error is ctx's end.
 func (w *worker) findHolder(ctx context.Context, l *brokerLink, d Delivery, id string) (bool, error) {
 	limit := lookLimit
 	if d.Attempt == 1 {
 		limit = 0 // most likely nobody has had it
 	}
-	for began := time.Now(); ; {
+	// Where the holder has to be given the message, it may be putting it back just now.
+	patience := time.Now().Add(min(leavePause*time.Duration(max(1, d.Attempt)), lingerLimit/2))
+	for alone := time.Now(); ; {
 		listens, err := l.broker.Listens(ctx, id)
 		switch {
 		case ctx.Err() != nil:
 			return false, context.Cause(ctx)
 		case err != nil:
 			w.log.Debug("holder of a task not looked for", errAttrs(err), "task_id", id)
-		case listens:
-			if d.Leave != nil || d.Settled == nil {
-				return true, nil
-			}
-			// The claim is this worker's now: it is kept until the holder has settled the message, or is gone.
-			began = time.Now()
-		case time.Since(began) >= limit && (d.Attempt == 1 || w.othersAreBack(l)):
+		case listens && (d.Leave != nil || d.Settled == nil && time.Now().After(patience)):
+			return true, nil
+		case listens: // or the claim is this worker's now, and is kept until the holder has settled the message or is gone
+			alone = time.Now()
+		case time.Since(alone) >= limit && (d.Attempt == 1 || w.othersAreBack(l)):
 			// A holder listens until it has settled its delivery, so this comes last.
 			if d.Settled == nil {
 				return false, nil
