@@ -83,8 +83,9 @@ type Delivery struct {
 	// Attempt is how often the broker has delivered it, from 1; 0 where the broker does not count.
 	Attempt int
 
-	// Again says that another worker may have been given the message before, and may have it still.
-	Again bool
+	// Again says that the message has been delivered before, perhaps to a worker that has it still. Late says that it has
+	// waited for its first delivery, which is the first as far as the broker knows.
+	Again, Late bool
 
 	// HeldFor is how long the broker keeps an unsettled delivery at most; 0: as long as it takes. Before it is over the
 	// worker makes the journal answer for the task, and acknowledges.

@@ -36,9 +36,9 @@ const (
 	// may still be clearing its folder, and would clear a new one of that name with it.
 	natsRetryPause = time.Second
 
-	// natsSuspectAge is how long a message must have waited for its first delivery to be looked at: servers up to 2.9
-	// may give a message that is being held to somebody else and call that the first time.
-	natsSuspectAge = 100 * time.Millisecond
+	// natsLateAge is how long a message must have waited for its first delivery to be late: server 2.9.10 at least may
+	// give a message that is being held to somebody else and call that the first time.
+	natsLateAge = 100 * time.Millisecond
 
 	natsAPILimit = 5 * time.Second // for one request to JetStream's management
 	natsMaxName  = 200             // bytes of a stream's or consumer's name; servers allow 255
@@ -306,8 +306,8 @@ func (c *natsStream) arrived(p *natsPull, m *nats.Msg) {
 		defer c.handles.Done()
 		c.handle(Delivery{
 			Subject: c.subject, Data: m.Data, Held: true, Attempt: int(min(about.NumDelivered, 1<<30)),
-			Again: about.NumDelivered > 1 || time.Since(about.Timestamp) > natsSuspectAge,
-			Ack:   d.ack, Nack: d.nack, Leave: d.leave, Settled: d.isSettled,
+			Again: about.NumDelivered > 1, Late: time.Since(about.Timestamp) > natsLateAge,
+			Ack: d.ack, Nack: d.nack, Leave: d.leave, Settled: d.isSettled,
 		})
 		c.mu.Lock()
 		d.handled = true

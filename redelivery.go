@@ -34,7 +34,7 @@ const (
 
 // mayBeHeld reports whether a task that is not known here may be another worker's.
 func (w *worker) mayBeHeld(d Delivery, id string) bool {
-	if !d.Held || !d.Again {
+	if !d.Held || !d.Again && !d.Late {
 		return false
 	}
 	w.mu.Lock()
@@ -80,10 +80,6 @@ func (w *worker) takeIfUnheld(l *brokerLink, event string, d Delivery, m taskMes
 // findHolder reports whether another worker holds a task, or has settled it meanwhile. It returns when that is sure and
 // there is something to do about it; an error is ctx's end.
 func (w *worker) findHolder(ctx context.Context, l *brokerLink, d Delivery, id string) (bool, error) {
-	limit := lookLimit
-	if d.Attempt == 1 {
-		limit = 0 // most likely nobody has had it
-	}
 	// Where the holder has to be given the message, it may be putting it back just now.
 	patience := time.Now().Add(min(leavePause*time.Duration(max(1, d.Attempt)), lingerLimit/2))
 	for alone := time.Now(); ; {
@@ -97,7 +93,7 @@ func (w *worker) findHolder(ctx context.Context, l *brokerLink, d Delivery, id s
 			return true, nil
 		case listens: // or the claim is this worker's now, and is kept until the holder has settled the message or is gone
 			alone = time.Now()
-		case time.Since(alone) >= limit && (d.Attempt == 1 || w.othersAreBack(l)):
+		case !d.Again, time.Since(alone) >= lookLimit && w.othersAreBack(l):
 			// A holder listens until it has settled its delivery, so this comes last.
 			if d.Settled == nil {
 				return false, nil
