@@ -43,6 +43,7 @@ type redisEntry struct {
 	data    string
 	claim   string // key, "" when it is no task
 	attempt int
+	again   bool // another worker has had it
 
 	// guarded by the broker's mu
 	settled bool // Ack or Nack has been called
@@ -119,9 +120,10 @@ func (r *redisReader) hand(entries []*redisEntry) error {
 			data := []byte(e.data)
 			e.data = ""
 			taken := c.take(Delivery{
-				Subject: e.stream.subject, Data: data, Held: true, Attempt: e.attempt,
-				Ack:  func(ctx context.Context) error { return b.ack(ctx, e) },
-				Nack: func(reason error) { b.putBack(e) },
+				Subject: e.stream.subject, Data: data, Held: true, Attempt: e.attempt, Again: e.again,
+				Ack:     func(ctx context.Context) error { return b.ack(ctx, e) },
+				Nack:    func(reason error) { b.putBack(e) },
+				Settled: func(ctx context.Context) (bool, error) { return b.isSettled(ctx, e) },
 			})
 			if !taken {
 				b.putBack(e)
@@ -207,6 +209,18 @@ func (b *redisBroker) putBack(e *redisEntry) {
 	}
 	b.tellPutBack(e)
 	b.forgetEntry(e)
+}
+
+// isSettled reports whether an entry is pending no more, under anybody's name.
+func (b *redisBroker) isSettled(ctx context.Context, e *redisEntry) (bool, error) {
+	s, away := b.current()
+	if s == nil {
+		return false, away
+	}
+	pending, err := s.client.XPendingExt(ctx, &redis.XPendingExtArgs{
+		Stream: e.stream.subject, Group: b.project, Start: e.id, End: e.id, Count: 1,
+	}).Result()
+	return err == nil && len(pending) == 0, err
 }
 
 func (b *redisBroker) tellPutBack(e *redisEntry) {

@@ -329,7 +329,8 @@ func (r *redisReader) claimPending(stream *redisStream, pending []redis.XPending
 		}
 		for _, m := range messages {
 			data, _ := m.Values[redisField].(string)
-			entries = append(entries, &redisEntry{stream: stream, id: m.ID, data: data, attempt: int(p.RetryCount) + 1})
+			entries = append(entries, &redisEntry{stream: stream, id: m.ID, data: data, attempt: int(p.RetryCount) + 1,
+				again: p.Consumer != r.broker.identity})
 		}
 	}
 	return r.hand(entries)

@@ -82,25 +82,31 @@ func (w *worker) takeIfUnheld(l *brokerLink, event string, d Delivery, m taskMes
 func (w *worker) findHolder(ctx context.Context, l *brokerLink, d Delivery, id string) (bool, error) {
 	// Where the holder has to be given the message, it may be putting it back just now.
 	patience := time.Now().Add(min(leavePause*time.Duration(max(1, d.Attempt)), lingerLimit/2))
-	for alone := time.Now(); ; {
+	alone, answered := time.Now(), time.Now()
+	for {
 		listens, err := l.broker.Listens(ctx, id)
+		settled, nobody := false, false
 		switch {
-		case ctx.Err() != nil:
-			return false, context.Cause(ctx)
 		case err != nil:
-			w.log.Debug("holder of a task not looked for", errAttrs(err), "task_id", id)
 		case listens && (d.Leave != nil || d.Settled == nil && time.Now().After(patience)):
 			return true, nil
 		case listens: // or the claim is this worker's now, and is kept until the holder has settled the message or is gone
 			alone = time.Now()
 		case !d.Again, time.Since(alone) >= lookLimit && w.othersAreBack(l):
-			// A holder listens until it has settled its delivery, so this comes last.
-			if d.Settled == nil {
-				return false, nil
+			if nobody = true; d.Settled != nil { // a holder listens until it has settled its delivery, so this comes last
+				settled, err = d.Settled(ctx)
 			}
-			if settled, err := d.Settled(ctx); err == nil {
-				return settled, nil
-			}
+		}
+		switch {
+		case ctx.Err() != nil:
+			return false, context.Cause(ctx)
+		case err == nil && nobody:
+			return settled, nil
+		case err == nil || !w.isConnected(l):
+			answered = time.Now()
+		case time.Since(answered) > returnLimit: // this login may not ask
+			w.log.Warn("task was delivered again, and whether another worker has it cannot be told", errAttrs(err), "task_id", id)
+			return false, nil
 		}
 		waitOut(ctx, lookPause)
 	}
@@ -122,4 +128,10 @@ func (w *worker) othersAreBack(l *brokerLink) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return l.err == nil && (!l.lost || time.Since(l.since) > returnLimit)
+}
+
+func (w *worker) isConnected(l *brokerLink) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return l.err == nil
 }
