@@ -5,7 +5,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -67,32 +66,18 @@ func (p *workerProcess) requestKill() { p.killOnce.Do(func() { close(p.kill) }) 
 
 // adopt takes configuration and socket from the parent and follows its orders from then on.
 func (p *workerProcess) adopt(inv *invocation) error {
-	// The parent reads notices from stdout; whatever else would print there goes to the log.
-	notices := os.Stdout
-	os.Stdout = os.Stderr
-	p.notify = func(n notice) {
-		if err := writeLine(notices, n); err != nil {
-			p.log.Debug("parent does not listen", errAttrs(err))
-		}
+	parent, err := joinParent(inv)
+	if err != nil {
+		return err
 	}
+	first := parent.first
+	p.cfg, p.log, p.notify = first.Config, parent.log, parent.notify
 	p.reload = func() { p.notify(notice{Reload: true}) }
-	sealDescriptors() // of what this process inherited, commands inherit nothing
-	orders := newLineReader(inv.stdin)
-	var first order
-	if err := orders.next(&first); err != nil {
-		return fail(codeLifeline, "read the parent's first order", err)
-	}
-	if first.Config == nil {
-		return fail(codeLifeline, "read the parent's first order", errors.New("it holds no configuration"))
-	}
-	p.cfg = first.Config
 	if !first.Pending {
 		p.offer(first.Config)
 	}
-	p.log = newLogger(inv.stderr, p.cfg)
 	p.service = newServiceSlot(p.cfg)
 	p.service.hear(first)
-	var err error
 	if first.Listener {
 		p.listener, err = inheritedSocket()
 	} else {
@@ -101,14 +86,10 @@ func (p *workerProcess) adopt(inv *invocation) error {
 	if err != nil {
 		return err
 	}
-	// A terminal sends its interrupt and its end to the whole group; the parent passes on what is meant. And a parent or a
-	// log's reader that is gone must not end this process by the pipe to it. They are not ignored, which the commands of
-	// tasks would inherit, but delivered to nobody.
-	signal.Notify(make(chan os.Signal, 1), os.Interrupt, syscall.SIGHUP, syscall.SIGPIPE)
 	terminated := make(chan os.Signal, 2)
 	signal.Notify(terminated, syscall.SIGTERM)
-	go p.followSignals(terminated) // ends with the process
-	go p.followOrders(orders)      // ends with the parent
+	go p.followSignals(terminated)   // ends with the process
+	go p.followOrders(parent.orders) // ends with the parent
 	return nil
 }
 

@@ -5,7 +5,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -44,33 +43,15 @@ type execsProcess struct {
 
 // adopt takes the configuration from the parent and follows its orders from then on.
 func (p *execsProcess) adopt(inv *invocation) error {
-	// The parent reads notices from stdout; whatever else would print there goes to the log.
-	notices := os.Stdout
-	os.Stdout = os.Stderr
-	p.notify = func(n notice) {
-		if err := writeLine(notices, n); err != nil {
-			p.log.Debug("parent does not listen", errAttrs(err))
-		}
+	parent, err := joinParent(inv)
+	if err != nil {
+		return err
 	}
-	sealDescriptors() // of what this process inherited, execs inherit nothing
-	orders := newLineReader(inv.stdin)
-	var first order
-	if err := orders.next(&first); err != nil {
-		return fail(codeLifeline, "read the parent's first order", err)
-	}
-	if first.Config == nil {
-		return fail(codeLifeline, "read the parent's first order", errors.New("it holds no configuration"))
-	}
-	p.first = first.Config
-	p.log = newLogger(inv.stderr, p.first)
-	// A terminal sends its interrupt to the whole group; the parent passes on what is meant. And a parent that is gone
-	// reads neither notices nor log, which must not end this process before its execs are ended. Neither signal is
-	// ignored, which the execs would inherit, but delivered to nobody.
-	signal.Notify(make(chan os.Signal, 1), os.Interrupt, syscall.SIGHUP, syscall.SIGPIPE)
+	p.first, p.log, p.notify = parent.first.Config, parent.log, parent.notify
 	signal.Notify(p.signals, syscall.SIGTERM)
 	go func() { // ends with the process
 		defer close(p.orders)
-		for o, err := first, error(nil); err == nil; err = orders.next(&o) {
+		for o, err := parent.first, error(nil); err == nil; err = parent.orders.next(&o) {
 			p.orders <- o
 			o = order{}
 		}

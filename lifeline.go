@@ -10,6 +10,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
 	"time"
 )
 
@@ -72,6 +76,40 @@ func (r lineReader) next(message any) error {
 		return fmt.Errorf("read line of the other process: %w", err)
 	}
 	return nil
+}
+
+// A lifeline is a child's side of what ties it to its parent.
+type lifeline struct {
+	first  order // with the configuration
+	orders lineReader
+	log    *slog.Logger
+	notify func(notice)
+}
+
+// joinParent begins a child's process: notices go up its stdout, and orders come down its stdin. What else it inherited
+// its own children do not inherit.
+func joinParent(inv *invocation) (*lifeline, error) {
+	notices := os.Stdout
+	os.Stdout = os.Stderr // whatever else would print there goes to the log
+	sealDescriptors()
+	l := &lifeline{orders: newLineReader(inv.stdin)}
+	if err := l.orders.next(&l.first); err != nil {
+		return nil, fail(codeLifeline, "read the parent's first order", err)
+	}
+	if l.first.Config == nil {
+		return nil, fail(codeLifeline, "read the parent's first order", errors.New("it holds no configuration"))
+	}
+	l.log = newLogger(inv.stderr, l.first.Config)
+	l.notify = func(n notice) {
+		if err := writeLine(notices, n); err != nil {
+			l.log.Debug("parent does not listen", errAttrs(err))
+		}
+	}
+	// A terminal sends its interrupt and its end to the whole group; the parent passes on what is meant. And a parent or a
+	// log's reader that is gone must not end this process by the pipe to it. They are not ignored, which commands would
+	// inherit, but delivered to nobody.
+	signal.Notify(make(chan os.Signal, 1), os.Interrupt, syscall.SIGHUP, syscall.SIGPIPE)
+	return l, nil
 }
 
 // signalOnce notes a wish that is open already if it is not taken yet.

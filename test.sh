@@ -11,30 +11,30 @@ STATICCHECK=${STATICCHECK:-v0.7.0}
 
 say() { printf '== %s\n' "$*"; }
 
+# packages: whether Debian packages can be had here, with their list brought up to date once.
+packages() {
+	command -v apt-get >/dev/null 2>&1 && [ "$(id -u)" = 0 ] || return 1
+	[ -n "${UPDATED:-}" ] || apt-get update -qq >/dev/null
+	UPDATED=1
+}
+
 # need PROGRAM PACKAGE: the program, from that Debian package if it is missing.
 need() {
 	command -v "$1" >/dev/null 2>&1 && return 0
-	if command -v apt-get >/dev/null 2>&1 && [ "$(id -u)" = 0 ]; then
+	if packages; then
 		say "installing $2"
-		if [ -z "${UPDATED:-}" ]; then
-			apt-get update -qq >/dev/null
-			UPDATED=1
-		fi
 		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$2" >/dev/null
 		command -v "$1" >/dev/null 2>&1 && return 0
 	fi
 	echo "$1 is missing: install it (Debian package $2)" >&2
 	exit 1
 }
+
 # take PROGRAM PACKAGE: only the program, from a Debian package that would bring a server along.
 take() {
 	command -v "$1" >/dev/null 2>&1 && return 0
-	if command -v apt-get >/dev/null 2>&1 && [ "$(id -u)" = 0 ]; then
+	if packages; then
 		say "taking $1 from $2"
-		if [ -z "${UPDATED:-}" ]; then
-			apt-get update -qq >/dev/null
-			UPDATED=1
-		fi
 		package=$(mktemp -d)
 		(cd "$package" && apt-get download -qq "$2" 2>/dev/null && dpkg-deb --fsys-tarfile ./*.deb | tar xO "./usr/bin/$1" >"$1" &&
 			install "$1" /usr/local/bin/) || true
@@ -44,6 +44,7 @@ take() {
 	echo "$1 is missing: install it (Debian package $2)" >&2
 	exit 1
 }
+
 need gcc gcc # the race detector links with it
 need python3 python3
 need node nodejs
