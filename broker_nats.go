@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -25,6 +26,7 @@ const (
 	// natsAnswerLimit to say so.
 	natsHolderSuffix = ".held"
 	natsAnswerLimit  = 1500 * time.Millisecond
+	natsSilencePause = time.Minute
 )
 
 // A natsBroker has at most one connection at a time, a natsLink, and makes the next one when it is lost. The library's
@@ -41,6 +43,7 @@ type natsBroker struct {
 	quit  context.CancelFunc
 	tasks sync.WaitGroup // serve, renewClaims and the consumers' own
 
+	silence    atomic.Int64 // Unix nanoseconds, when a question of Listens was left without an answer last
 	claims     natsClaims
 	renewEvery chan time.Duration // to renewClaims: at least so often
 
@@ -288,7 +291,14 @@ func (b *natsBroker) Listens(ctx context.Context, taskID string) (bool, error) {
 	if err := l.roundTrip(b.ctx, b.roundTripLimit); err != nil {
 		return false, fmt.Errorf("look for the holder of a task: %w", err)
 	}
+	b.silence.Store(time.Now().UnixNano())
 	return false, nil
+}
+
+// answersAtOnce reports whether the server has lately said by itself when nobody listens: it does not where somebody reads
+// along on every subject or this login may not ask, and then each question takes natsAnswerLimit.
+func (b *natsBroker) answersAtOnce() bool {
+	return time.Since(time.Unix(0, b.silence.Load())) > natsSilencePause
 }
 
 func (b *natsBroker) SubscribeAll(subject string, handle func(data []byte)) func() {

@@ -306,7 +306,7 @@ func (c *natsStream) arrived(p *natsPull, m *nats.Msg) {
 		defer c.handles.Done()
 		c.handle(Delivery{
 			Subject: c.subject, Data: m.Data, Held: true, Attempt: int(min(about.NumDelivered, 1<<30)),
-			Again: about.NumDelivered > 1, Late: time.Since(about.Timestamp) > natsLateAge,
+			Again: about.NumDelivered > 1, Late: time.Since(about.Timestamp) > natsLateAge && c.broker.answersAtOnce(),
 			Ack: d.ack, Nack: d.nack, Leave: d.leave, Settled: d.isSettled,
 		})
 		c.mu.Lock()

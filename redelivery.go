@@ -93,7 +93,7 @@ func (w *worker) findHolder(ctx context.Context, l *brokerLink, d Delivery, id s
 		case listens: // or the claim is this worker's now, and is kept until the holder has settled the message or is gone
 			alone = time.Now()
 		case !d.Again, time.Since(alone) >= lookLimit && w.othersAreBack(l):
-			if nobody = true; d.Settled != nil { // a holder listens until it has settled its delivery, so this comes last
+			if nobody = true; d.Again && d.Settled != nil { // a holder listens until it has settled its delivery, so this comes last
 				settled, err = d.Settled(ctx)
 			}
 		}
