@@ -14,8 +14,8 @@ import (
 var errHeldElsewhere = errors.New("another worker has the task")
 
 const (
-	// lookPause lies between two looks for a task's holder, and nobody is believed to hold it before lookLimit: a holder
-	// whose connection was cut needs a moment to make the next one.
+	// lookPause lies between two looks for a task's holder. Where a task is given to the next worker as soon as its
+	// holder's connection is lost, nobody is believed to hold it before lookLimit, in which the next one can be made.
 	lookPause = 250 * time.Millisecond
 	lookLimit = time.Second
 
@@ -92,7 +92,7 @@ func (w *worker) findHolder(ctx context.Context, l *brokerLink, d Delivery, id s
 			return true, nil
 		case listens: // or the claim is this worker's now, and is kept until the holder has settled the message or is gone
 			alone = time.Now()
-		case !d.Again, time.Since(alone) >= lookLimit && w.othersAreBack(l):
+		case !d.Again, time.Since(alone) >= w.lookLimit(l, d) && w.othersAreBack(l):
 			if nobody = true; d.Again && d.Settled != nil { // a holder listens until it has settled its delivery, so this comes last
 				settled, err = d.Settled(ctx)
 			}
@@ -120,6 +120,17 @@ func waitOut(ctx context.Context, pause time.Duration) {
 	case <-timer.C:
 	case <-ctx.Done():
 	}
+}
+
+// lookLimit is how long a holder must not be found for there to be none.
+func (w *worker) lookLimit(l *brokerLink, d Delivery) time.Duration {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	// The broker that has just been connected to may have begun just now itself.
+	if d.Settled == nil || time.Since(l.since) < returnLimit {
+		return lookLimit
+	}
+	return 0
 }
 
 // othersAreBack reports whether a link's connection is there, and the last outage so long ago that every worker has
