@@ -48,7 +48,11 @@ func (w *worker) takeIfUnheld(l *brokerLink, event string, d Delivery, m taskMes
 	defer func() {
 		w.mu.Lock()
 		l.tasks--
+		released := w.oneLess(event)
 		w.mu.Unlock()
+		if released {
+			w.release(event)
+		}
 		w.looking.Done()
 	}()
 	ctx, stop := context.WithCancel(l.ctx)

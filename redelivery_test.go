@@ -13,6 +13,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -312,4 +313,59 @@ func TestListens(t *testing.T) {
 			await("a.3", false)
 		}
 	})
+}
+
+// TestRedeliveryIsLookedInto checks what a worker does with deliveries that another one may have, by what their broker can
+// do about them.
+func TestRedeliveryIsLookedInto(t *testing.T) {
+	dir := t.TempDir()
+	w, stop := openWorkerForTest(t, dir, "jobs: [{event: note, cmd: 'echo {{task_id}} >> ran'}]\n")
+	broker := w.currentLink().broker
+	var settled atomic.Bool
+	type outcome struct {
+		heldDelivery
+		left atomic.Int32
+	}
+	deliver := func(id string, leaves, tells bool) *outcome {
+		o := &outcome{}
+		d := Delivery{
+			Subject: "local.note", Data: []byte(`{"task_id":"` + id + `"}`), Held: true, Attempt: 2, Again: true,
+			Ack:  func(context.Context) error { o.acks.Add(1); return nil },
+			Nack: func(error) { o.nacks.Add(1) },
+		}
+		if leaves {
+			d.Leave = func() { o.left.Add(1) }
+		}
+		if tells {
+			d.Settled = func(context.Context) (bool, error) { return settled.Load(), nil }
+		}
+		w.take(w.currentLink(), "note", d)
+		return o
+	}
+	await := func(what string, o *outcome, acks, nacks, left int32) {
+		t.Helper()
+		waitFor(t, 10*time.Second, func() string {
+			if a, n, l := o.acks.Load(), o.nacks.Load(), o.left.Load(); a != acks || n != nacks || l != left {
+				return fmt.Sprintf("%s: %d acks, %d nacks, left %d times; want %d, %d, %d", what, a, n, l, acks, nacks, left)
+			}
+			return ""
+		})
+	}
+	unsubscribe := map[string]func(){}
+	for _, id := range []string{"shared", "passed", "kept", "drained"} {
+		unsubscribe[id] = broker.Subscribe(id+"_listen", func([]byte) {})
+	}
+	await("held, where claims are shared", deliver("shared", true, true), 0, 0, 1)
+	passed, kept, drained := deliver("passed", false, false), deliver("kept", false, true), deliver("drained", false, true)
+	await("nobody's", deliver("free", true, true), 1, 0, 0)
+	await("held, to be given to its holder", passed, 0, 1, 0)
+	await("held, with a claim that is kept meanwhile", kept, 0, 0, 0)
+	settled.Store(true)
+	unsubscribe["kept"]()
+	await("settled by its holder", kept, 0, 1, 0)
+	stop()
+	await("held, when the worker stops", drained, 0, 1, 0)
+	if ran, _ := os.ReadFile(filepath.Join(dir, "ran")); string(ran) != "free\n" {
+		t.Errorf("ran %q; want the free one", ran)
+	}
 }

@@ -60,7 +60,7 @@ type worker struct {
 	mu         sync.Mutex // guards what follows
 	state      workerState
 	known      map[string]*task  // accepted and not yet reported
-	perEvent   map[string]int    // how many of them a job has
+	perEvent   map[string]int    // how many of them a job has, and of those whose holder is looked for
 	controlled int               // of them, those whose control subjects are listened on
 	link       *brokerLink       // in use
 	pending    *brokerLink       // to be used once it is connected; nil: none
@@ -290,7 +290,8 @@ func (w *worker) take(l *brokerLink, event string, d Delivery) {
 		return
 	}
 	w.mu.Lock()
-	l.tasks++ // it stays meanwhile
+	l.tasks++ // link and job stay meanwhile
+	w.perEvent[event]++
 	w.mu.Unlock()
 	w.looking.Add(1)
 	go w.takeIfUnheld(l, event, d, m) // ends when the task is accepted, left or put back, at the latest when drain begins
@@ -451,6 +452,15 @@ func (w *worker) know(t *task) {
 	w.perEvent[t.event]++
 }
 
+// oneLess notes that a job has lost a task, and reports whether it can be released. w.mu is held.
+func (w *worker) oneLess(event string) (released bool) {
+	if w.perEvent[event]--; w.perEvent[event] > 0 {
+		return false
+	}
+	delete(w.perEvent, event)
+	return w.setup.Load().jobs[event].wasRemoved()
+}
+
 // forget drops a task from what is known, and what is kept up for its sake.
 func (w *worker) forget(id string) *task {
 	w.mu.Lock()
@@ -460,10 +470,7 @@ func (w *worker) forget(id string) *task {
 	released := false
 	if t != nil {
 		t.moveTo(nil)
-		if w.perEvent[t.event]--; w.perEvent[t.event] == 0 {
-			delete(w.perEvent, t.event)
-			released = w.setup.Load().jobs[t.event].wasRemoved()
-		}
+		released = w.oneLess(t.event)
 		if t.adoption != nil {
 			t.adoption.Stop() // else the task would be kept for as long as the broker is patient
 		}
