@@ -103,6 +103,14 @@ func runChaos(t *testing.T, broker string, duration time.Duration, workers int) 
 	for i := range workers {
 		c.workers = append(c.workers, c.newWorker(fmt.Sprintf("w%d", i+1)))
 	}
+	defer func() {
+		if t.Failed() {
+			c.dump()
+		}
+		if dir := os.Getenv("CHAOS_KEEP"); dir != "" {
+			c.keep(dir)
+		}
+	}()
 	for _, w := range c.workers {
 		w.launch()
 	}
@@ -530,8 +538,23 @@ func (c *chaosRun) readLogs() {
 	for _, line := range slices.Sorted(maps.Keys(problems)) {
 		c.t.Logf("%6d times %s", problems[line], line)
 	}
-	if dir := os.Getenv("CHAOS_KEEP"); dir != "" {
-		c.keep(dir)
+}
+
+// dump has every process that is still there write into its log what its goroutines do.
+func (c *chaosRun) dump() {
+	dumped := 0
+	eachProcess(func(p procStat) {
+		line, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p.pid))
+		for _, w := range c.workers {
+			if bytes.Contains(line, []byte("\x00"+filepath.Join(w.dir, "config.yaml")+"\x00")) {
+				syscall.Kill(p.pid, syscall.SIGCONT)
+				syscall.Kill(p.pid, syscall.SIGQUIT)
+				dumped++
+			}
+		}
+	})
+	if dumped > 0 {
+		time.Sleep(time.Second) // nobody says when they have written
 	}
 }
 
