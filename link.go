@@ -40,6 +40,7 @@ type brokerLink struct {
 	err       error               // why there is no connection; errNotConnected before the first
 	since     time.Time           // of err
 	lost      bool                // the connection, once at least
+	outage    time.Duration       // how long it was away the last time
 }
 
 // openLink opens a connection as cfg says. It returns before there is one.
@@ -83,6 +84,9 @@ func (w *worker) linkChanged(l *brokerLink, err error) {
 	now := time.Now()
 	w.mu.Lock()
 	if (err == nil) != (l.err == nil) {
+		if err == nil {
+			l.outage = now.Sub(l.since)
+		}
 		l.since = now
 		switch {
 		case l.ctx.Err() != nil: // it has been replaced

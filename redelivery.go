@@ -96,7 +96,7 @@ func (w *worker) findHolder(ctx context.Context, l *brokerLink, d Delivery, id s
 			return true, nil
 		case listens: // or the claim is this worker's now, and is kept until the holder has settled the message or is gone
 			alone = time.Now()
-		case !d.Again, time.Since(alone) >= w.lookLimit(l, d) && w.othersAreBack(l):
+		case time.Since(alone) >= w.lookLimit(l, d) && w.othersAreBack(l, d):
 			if nobody = true; d.Again && d.Settled != nil { // a holder listens until it has settled its delivery, so this comes last
 				settled, err = d.Settled(ctx)
 			}
@@ -131,18 +131,22 @@ func (w *worker) lookLimit(l *brokerLink, d Delivery) time.Duration {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	// The broker that has just been connected to may have begun just now itself.
-	if d.Settled == nil || time.Since(l.since) < returnLimit {
+	if d.Again && (d.Settled == nil || time.Since(l.since) < returnLimit) {
 		return lookLimit
 	}
 	return 0
 }
 
 // othersAreBack reports whether a link's connection is there, and the last outage so long ago that every worker has
-// its own again.
-func (w *worker) othersAreBack(l *brokerLink) bool {
+// its own again. What is only late waits for most of them: their pauses are about as long as the outage was before.
+func (w *worker) othersAreBack(l *brokerLink, d Delivery) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return l.err == nil && (!l.lost || time.Since(l.since) > returnLimit)
+	limit := returnLimit
+	if !d.Again {
+		limit = min(max(l.outage, lookLimit), returnLimit)
+	}
+	return l.err == nil && (!l.lost || time.Since(l.since) > limit)
 }
 
 func (w *worker) isConnected(l *brokerLink) bool {

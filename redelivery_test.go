@@ -141,6 +141,7 @@ const (
 // TestRedeliveryOnNATS gives a held task to somebody else, as a server does that has forgotten who holds it. Claims are
 // lost after 3 s here.
 func TestRedeliveryOnNATS(t *testing.T) {
+	t.Parallel() // it waits
 	kind := brokerKinds[slices.IndexFunc(brokerKinds, func(k brokerKind) bool { return k.name == "nats-durable" })]
 	start := func(t *testing.T) (*heldTask, *nats.Conn) {
 		server := startNATS(t).(*natsServer)
@@ -171,7 +172,7 @@ func TestRedeliveryOnNATS(t *testing.T) {
 		}
 		h.awaitLog(h.heir, logLeft)
 		// The holder's claim is good again: nobody is given the task for longer than a claim lasts.
-		time.Sleep(4 * time.Second)
+		time.Sleep(4 * time.Second) // it is about what does not happen
 		if n := strings.Count(h.heir.log.String(), logLeft); n != 1 {
 			t.Errorf("the heir was given the task %d times", n)
 		}
@@ -318,6 +319,7 @@ func TestListens(t *testing.T) {
 // TestRedeliveryIsLookedInto checks what a worker does with deliveries that another one may have, by what their broker can
 // do about them.
 func TestRedeliveryIsLookedInto(t *testing.T) {
+	t.Parallel() // it waits
 	dir := t.TempDir()
 	w, stop := openWorkerForTest(t, dir, "jobs: [{event: note, cmd: 'echo {{task_id}} >> ran'}]\n")
 	broker := w.currentLink().broker
