@@ -55,7 +55,7 @@ func (w *worker) takeIfUnheld(l *brokerLink, event string, d Delivery, m taskMes
 		}
 		w.looking.Done()
 	}()
-	ctx, stop := context.WithCancel(l.ctx)
+	ctx, stop := context.WithCancel(w.ctx) // a link that was replaced goes on consuming for a while
 	defer stop()
 	go func() { // ends with the function around it
 		select {
@@ -82,7 +82,7 @@ func (w *worker) takeIfUnheld(l *brokerLink, event string, d Delivery, m taskMes
 }
 
 // findHolder reports whether another worker holds a task, or has settled it meanwhile. It returns when that is sure and
-// there is something to do about it; an error is ctx's end.
+// there is something to do about it; an error is the end of ctx or of the link.
 func (w *worker) findHolder(ctx context.Context, l *brokerLink, d Delivery, id string) (bool, error) {
 	// Where the holder has to be given the message, it may be putting it back just now.
 	patience := time.Now().Add(min(leavePause*time.Duration(max(1, d.Attempt)), lingerLimit/2))
@@ -106,6 +106,8 @@ func (w *worker) findHolder(ctx context.Context, l *brokerLink, d Delivery, id s
 			return false, context.Cause(ctx)
 		case err == nil && nobody:
 			return settled, nil
+		case l.ctx.Err() != nil && !w.isConnected(l): // it was replaced and is lost
+			return false, errNotConnected
 		case err == nil || !w.isConnected(l):
 			answered = time.Now()
 		case time.Since(answered) > returnLimit: // this login may not ask
