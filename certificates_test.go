@@ -269,6 +269,7 @@ func TestCertificatesNamedHere(t *testing.T) {
 }
 
 func TestCertificateArchivesRefused(t *testing.T) {
+	t.Parallel() // beside those that wait
 	f := newFakeManager(t, "project-1")
 	f.change(func(f *fakeManager) { f.connection = secureNATS("tls/nats/ca.crt") })
 	cfg := managedConfig(t, f, minimalConfig)

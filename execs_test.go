@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -406,7 +407,7 @@ log_format: json
 credential: {project_id: p, secret_key: hush}
 execs:
   - {key: env, cmd: 'env; echo "dir $(pwd)"; cat; echo "end of stdin"', working_dir: sub, env: {OWN: "a b", HOME: /x}}
-  - {key: files, cmd: 'for i in 3 4 5 6 7 8 9 10 11 12 13 14 15; do test -e /dev/fd/$i && echo $i; done; echo end'}
+  - {key: files, cmd: 'for i in 3 4 5 6 7 8 9 10 11 12 13 14 15; do test -e /dev/fd/$i && echo $i $(readlink /dev/fd/$i); done; echo end'}
   - {key: long, cmd: "head -c 100000 /dev/zero | tr '\\0' x; printf 'a\\377b\\n\\nend' >&2"}
   - {key: stubborn, cmd: 'trap "" TERM; sleep 600 & echo $!; wait; sleep 600'}
 kill_after: 1m
@@ -442,7 +443,10 @@ kill_after: 1m
 	if real, _ := filepath.EvalSymlinks(filepath.Join(cfg.Dir, "sub")); !strings.Contains(env, "dir "+real+"\n") {
 		t.Errorf("an exec ran elsewhere:%s", env)
 	}
-	if files := c.lines("files"); !reflect.DeepEqual(files, []string{"end"}) {
+	files := slices.DeleteFunc(c.lines("files"), func(line string) bool {
+		return raceEnabled && strings.Contains(line, "/proc/") // the race detector itself opens these, now and then
+	})
+	if !reflect.DeepEqual(files, []string{"end"}) {
 		t.Errorf("an exec inherited the files %q", files)
 	}
 	long := map[string]int{}

@@ -277,7 +277,12 @@ jobs:
 	setReadOnly(t, disk, false)
 	a.awaitHealth("ok", "")
 	id := a.create("long", "{}")
-	a.wait(id, statusRunning)
+	waitFor(t, 10*time.Second, func() string {
+		if runs, _ := os.ReadFile(filepath.Join(a.dir, "runs")); string(runs) != "run\n" {
+			return "the task does not run"
+		}
+		return ""
+	})
 
 	// The parent stands still, so that no worker opens the journal again before the disk is read-only.
 	worker := a.childPID()

@@ -28,6 +28,7 @@ const (
 //
 //	SOAK_TASKS=50000 go test -run 'TestSoak$' -timeout 0 -v .
 func TestSoak(t *testing.T) {
+	t.Parallel() // beside those that wait
 	tasks := soakBase + 500
 	if n, err := strconv.Atoi(os.Getenv("SOAK_TASKS")); err == nil && n > soakBase {
 		tasks = n

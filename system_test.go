@@ -619,6 +619,7 @@ func init() {
 
 // TestKilledAtRandom kills worker, parent or both at random moments while tasks run, and counts afterwards.
 func TestKilledAtRandom(t *testing.T) {
+	t.Parallel() // beside those that wait
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))

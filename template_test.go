@@ -261,6 +261,7 @@ func hostileValues(random *rand.Rand, n int) []string {
 }
 
 func TestTemplateHostileValues(t *testing.T) {
+	t.Parallel() // beside those that wait
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)

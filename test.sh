@@ -1,12 +1,12 @@
 #!/bin/sh
 # The one test command: formatting, vet for the three systems, staticcheck, all tests under the race detector, and each
-# fuzz target for a few seconds (FUZZTIME, default 5s; 0s leaves them out). What a test needs and this machine lacks is
+# fuzz target for a few seconds (FUZZTIME, default 3s; 0s leaves them out). What a test needs and this machine lacks is
 # installed where that is possible (Debian packages, as root) and is a failure where it is not.
 set -eu
 cd "$(dirname "$0")"
 PATH=$PATH:/usr/sbin:/sbin # where Debian puts servers
 
-FUZZTIME=${FUZZTIME:-5s}
+FUZZTIME=${FUZZTIME:-3s}
 STATICCHECK=${STATICCHECK:-v0.7.0}
 
 say() { printf '== %s\n' "$*"; }
