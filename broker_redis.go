@@ -548,6 +548,9 @@ func (s *redisSession) roundTrip() error {
 		case <-s.ctx.Done():
 			return context.Cause(s.ctx)
 		case <-ctx.Done():
+			if s.ctx.Err() != nil { // which ends ctx, too
+				return context.Cause(s.ctx)
+			}
 			if !s.broker.overfull() {
 				return fmt.Errorf("no answer for %v on the connection for channels", s.broker.tripLimit)
 			}

@@ -32,6 +32,7 @@ func (a *agent) expectHealth(status, problem string, code int) {
 }
 
 func TestHealthFollows(t *testing.T) {
+	t.Parallel() // beside others that wait
 	server := startRedis(t)
 	a := newAgent(t, fmt.Sprintf(`
 credential: {project_id: p1}

@@ -63,6 +63,7 @@ func (a *agent) awaitLog(what string, told func() bool) {
 // TestReloadUnderLoad changes the configuration ten times, with and without SIGHUP, while tasks are created and run:
 // nothing is refused, lost or done twice, and the worker stays the same process.
 func TestReloadUnderLoad(t *testing.T) {
+	t.Parallel() // beside others that wait
 	a := newAgent(t, `
 concurrency: 4
 retain: {tasks: 5000}
@@ -195,6 +196,7 @@ func (a *agent) execPIDs() map[string]int {
 // TestReloadRemovesJob removes a job whose tasks run and wait: they are done to the end as they were accepted, and no
 // new one is. Limits go up and down on the way.
 func TestReloadRemovesJob(t *testing.T) {
+	t.Parallel() // beside others that wait
 	a := newAgent(t, `
 concurrency: 4
 jobs:
@@ -232,6 +234,7 @@ jobs:
 
 // TestReloadRefused leaves everything as it was when the changed file is wrong, and says so until it is right.
 func TestReloadRefused(t *testing.T) {
+	t.Parallel() // beside others that wait
 	a := newAgent(t, "jobs:\n  - {event: a, cmd: 'echo fine'}\n")
 	a.start()
 	taken := a.takenUp()
@@ -310,6 +313,7 @@ func TestReloadMoves(t *testing.T) {
 
 // TestCascadeExit ends everything with a background process that asks for it, as a failure if it was one.
 func TestCascadeExit(t *testing.T) {
+	t.Parallel() // beside others that wait
 	for code, want := range map[int]int{0: 0, 3: 1} {
 		a := newAgent(t, fmt.Sprintf(`
 drain_timeout: 20s

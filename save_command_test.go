@@ -178,6 +178,7 @@ func TestSaveCommandLeavesProcess(t *testing.T) {
 
 // A command that ends while the receiver is slow loses none of what is still in the pipe.
 func TestSaveCommandSlowReceiver(t *testing.T) {
+	t.Parallel() // beside others that wait
 	s := newNotificationServer(t)
 	s.slow(120 * time.Millisecond)
 	got := runCLI(t, s.env(), "", roleArgs(t, "save-long")...)

@@ -235,6 +235,7 @@ func TestSaveRefusesBadVariables(t *testing.T) {
 }
 
 func TestSaveRetries(t *testing.T) {
+	t.Parallel() // beside others that wait
 	for status, final := range map[int]bool{
 		400: true, 401: true, 404: true, 413: true, 307: true,
 		408: false, 429: false, 500: false, 503: false,
@@ -333,6 +334,7 @@ func TestSaveDeadReceiver(t *testing.T) {
 }
 
 func TestSaveSlowReceiver(t *testing.T) {
+	t.Parallel() // beside others that wait
 	s := newNotificationServer(t)
 	s.slow(30 * time.Millisecond)
 	input := strings.Repeat("some line\n", 400_000)
@@ -478,6 +480,7 @@ func TestSaveBrokenCopy(t *testing.T) {
 }
 
 func TestSaveSignals(t *testing.T) {
+	t.Parallel() // beside others that wait
 	if runtime.GOOS == "windows" {
 		t.Skip("signals cannot be sent")
 	}

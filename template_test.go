@@ -81,6 +81,7 @@ func TestTemplateValues(t *testing.T) {
 }
 
 func TestTemplateErrors(t *testing.T) {
+	t.Parallel() // beside others that wait
 	long := `{"a":"` + strings.Repeat("x", maxCommandBytes) + `"}`
 	ones := "[" + strings.Repeat("1,", 5000) + "1]"
 	for _, test := range []struct {
