@@ -133,6 +133,12 @@ func (f *follower) finished(t *followedTask, status taskStatus) {
 		return
 	}
 	f.began(t)
+	f.end(t, status)
+	f.drop(t.id) // without t.mu: who holds f.mu may wait for it
+}
+
+// end notes the end of a task, once.
+func (f *follower) end(t *followedTask, status taskStatus) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.ended {
@@ -143,7 +149,6 @@ func (f *follower) finished(t *followedTask, status taskStatus) {
 		TaskID: t.id, Event: t.event, Name: t.name, Status: status, Attempt: 1, Error: t.failed,
 		CreatedAt: t.createdAt, StartedAt: t.started, FinishedAt: time.Now(),
 	})
-	f.drop(t.id)
 }
 
 // waiting gives the followed tasks that nobody has taken yet, as records.
