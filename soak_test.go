@@ -64,7 +64,8 @@ jobs:
 		return a.holdings(t)
 	}
 	before := until(soakBase)
-	half := until(tasks / 2)
+	halfTasks := max(tasks/2, soakBase)
+	half := until(halfTasks)
 	after := until(tasks)
 	t.Logf("%d tasks in %v", done, time.Since(began).Round(time.Second))
 	if len(before) != 3 {
@@ -72,7 +73,7 @@ jobs:
 	}
 	for name, was := range before {
 		is := after[name]
-		t.Logf("%s: after %d tasks %v; after %d %v; after %d %v", name, soakBase, was, tasks/2, half[name], done, is)
+		t.Logf("%s: after %d tasks %v; after %d %v; after %d %v", name, soakBase, was, halfTasks, half[name], done, is)
 		if !raceEnabled && is.memory > was.memory+soakMemoryTolerance {
 			t.Errorf("%s holds %d KiB more memory", name, (is.memory-was.memory)>>10)
 		}
