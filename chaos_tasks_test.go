@@ -64,7 +64,7 @@ fi
 note begin
 case $1 in
 some | stubborn) rest "$2" ;;
-long) for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14; do rest "$2"; done ;;
+long) for i in $(seq "$CHAOS_LONG"); do rest "$2"; done ;;
 print) seq 20000 ;;
 flaky) test "$(grep -c ^end "$notes")" -ge 2 || { note end; exit 1; } ;;
 fail) echo why >&2; note end; exit 3 ;;

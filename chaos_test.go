@@ -34,7 +34,7 @@ const (
 
 // TestChaos is for anybody to run for as long as they like:
 //
-//	CHAOS_TIME=10m CHAOS_BROKER=nats-durable CHAOS_SEED=123 go test -run 'TestChaos$' -timeout 0 -v .
+//	CHAOS_TIME=10m CHAOS_BROKER=nats-durable CHAOS_SEED=123 go test -count=1 -run 'TestChaos$' -timeout 0 -v .
 //
 // CHAOS_BROKER is local or a name in brokerKinds, CHAOS_WORKERS how many workers share the broker. Without variables it
 // is short. CHAOS_KEEP is a folder for logs and notes. The same seed gives each victim the same sequence of attacks; when they come depends on the machine, too.
@@ -285,7 +285,8 @@ func (c *chaosRun) newWorker(name string) *chaosWorker {
 	dir := c.t.TempDir()
 	w := &chaosWorker{agent: &agent{t: c.t, dir: dir}, run: c, name: name, port: freePort(c.t), logFile: filepath.Join(dir, "log")}
 	w.url = "http://127.0.0.1:" + w.port
-	w.env = []string{"CHAOS_NOTES=" + c.ledger.notes, "CHAOS_WORKER=" + name}
+	long := min(16, 3+int(c.duration/(5*time.Second))) // up to 8 s, so that some outlast a broker's restart
+	w.env = []string{"CHAOS_NOTES=" + c.ledger.notes, "CHAOS_WORKER=" + name, fmt.Sprintf("CHAOS_LONG=%d", long)}
 	if c.server == nil {
 		w.env = append(w.env, "CHAOS_LOCK_FAMILY=1") // nobody else can run the task while the family lives
 	}

@@ -26,10 +26,10 @@ const (
 
 // TestSoak runs SOAK_TASKS tasks. Memory means something only without the race detector:
 //
-//	SOAK_TASKS=50000 go test -run 'TestSoak$' -timeout 0 -v .
+//	SOAK_TASKS=50000 go test -count=1 -run 'TestSoak$' -timeout 0 -v .
 func TestSoak(t *testing.T) {
 	t.Parallel() // beside those that wait
-	tasks := soakBase + 500
+	tasks := soakBase + 250
 	if n, err := strconv.Atoi(os.Getenv("SOAK_TASKS")); err == nil && n > soakBase {
 		tasks = n
 	}
