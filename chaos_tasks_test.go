@@ -411,7 +411,7 @@ func (c *chaosRun) account() {
 	defer c.mu.Unlock()
 	blows := 0
 	for _, b := range c.blows {
-		if b.what != "workers halted" {
+		if b.excuses() {
 			blows++
 		}
 	}
@@ -501,7 +501,7 @@ func (c *chaosRun) struckBetween(worker string, from, to time.Time) (first chaos
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, b := range c.blows {
-		if (b.worker == worker || b.worker == "") && b.to.Add(chaosDying).After(from) && b.from.Before(to) && (!struck || b.from.Before(first.from)) {
+		if b.excuses() && (b.worker == worker || b.worker == "") && b.to.Add(chaosDying).After(from) && b.from.Before(to) && (!struck || b.from.Before(first.from)) {
 			first, struck = b, true
 		}
 	}
