@@ -232,7 +232,7 @@ func (p *workerProcess) run(ctx context.Context) error {
 		p.log.Warn("REST API not closed in time", errAttrs(err))
 	}
 	if w != nil {
-		w.close()
+		w.close(urgent)
 	}
 	if p.records != nil {
 		p.records.close()
@@ -261,7 +261,7 @@ func (p *workerProcess) configure(ctx context.Context, bus *eventBus) {
 		var err error
 		if w != nil {
 			p.metrics.reconfigure(cfg) // first: a new job's tasks may start at once
-			if err = w.reconfigure(cfg); err != nil {
+			if err = w.reconfigure(ctx, cfg); err != nil {
 				p.metrics.reconfigure(w.config())
 				p.log.Error("configuration not taken up, the one before stays", errAttrs(err))
 				w.setProblem("configuration", codedText(err))

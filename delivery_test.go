@@ -54,7 +54,7 @@ func openWorkerForTest(t *testing.T, dir, jobs string) (w *worker, stop func()) 
 	stop = func() {
 		once.Do(func() {
 			w.drain(context.Background())
-			w.close()
+			w.close(context.Background())
 			recs.close()
 		})
 	}

@@ -32,6 +32,7 @@ type brokerLink struct {
 
 	ctx  context.Context // ends when the link is replaced or the worker stops
 	quit context.CancelFunc
+	back chan struct{} // holds a value when a connection has been made
 
 	// Guarded by worker.mu.
 	consumers map[string]Consumer // by event
@@ -51,7 +52,7 @@ func (w *worker) openLink(cfg *Config) (*brokerLink, error) {
 	}
 	l := &brokerLink{
 		config: cfg.Broker, project: cfg.Project, identity: cfg.IdentityID,
-		consumers: map[string]Consumer{}, err: errNotConnected, since: time.Now(),
+		consumers: map[string]Consumer{}, err: errNotConnected, since: time.Now(), back: make(chan struct{}, 1),
 	}
 	l.ctx, l.quit = context.WithCancel(w.ctx)
 	l.broker, err = openBroker(brokerOptions{
@@ -63,7 +64,7 @@ func (w *worker) openLink(cfg *Config) (*brokerLink, error) {
 		return nil, err
 	}
 	l.broker = meteredBroker{l.broker, &w.counts}
-	l.reporter = newReporter(l.broker, hostID(), w.log, w.settle)
+	l.reporter = newReporter(l.broker, l.back, hostID(), w.log, w.settle)
 	l.follower = newFollower(l.broker, w.records)
 	return l, nil
 }
@@ -101,6 +102,9 @@ func (w *worker) linkChanged(l *brokerLink, err error) {
 	w.mu.Unlock()
 	if err == nil {
 		signalOnce(w.connected)
+	}
+	if err == nil {
+		signalOnce(l.back)
 	}
 	if l.ctx.Err() != nil {
 		return // it has been replaced, and its coming and going matters to nobody

@@ -208,7 +208,7 @@ func TestMetricsOfLink(t *testing.T) {
 	}
 
 	broker := &fewBroker{limit: 2}
-	r := newReporter(meteredBroker{broker, &w.counts}, "host", slog.New(slog.DiscardHandler), func(string) {})
+	r := newReporter(meteredBroker{broker, &w.counts}, nil, "host", slog.New(slog.DiscardHandler), func(string) {})
 	for range 5 {
 		r.enqueue("s", []byte("1234"), "")
 	}
@@ -218,7 +218,7 @@ func TestMetricsOfLink(t *testing.T) {
 		}
 		return ""
 	})
-	heir := newReporter(&fewBroker{limit: 100}, "host", slog.New(slog.DiscardHandler), func(string) {})
+	heir := newReporter(&fewBroker{limit: 100}, nil, "host", slog.New(slog.DiscardHandler), func(string) {})
 	r.handOver(heir)
 	waitFor(t, 5*time.Second, func() string {
 		messages, _ := r.backlog()

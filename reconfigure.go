@@ -5,6 +5,7 @@ package main
 // has not changed is not touched.
 
 import (
+	"context"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -37,8 +38,9 @@ func newSetup(cfg *Config, baseURL string) (*setup, error) {
 	return s, nil
 }
 
-// reconfigure takes up cfg, all of it or, with an error, nothing. One call at a time; drain comes after the last.
-func (w *worker) reconfigure(cfg *Config) error {
+// reconfigure takes up cfg, all of it or, with an error, nothing. One call at a time; drain comes after the last. When ctx
+// ends it waits for no broker any more.
+func (w *worker) reconfigure(ctx context.Context, cfg *Config) error {
 	next, err := newSetup(cfg, w.baseURL)
 	if err != nil {
 		return err
@@ -82,14 +84,17 @@ func (w *worker) reconfigure(cfg *Config) error {
 		w.release(event)
 	}
 	w.changeLinks(cfg, link)
-	w.awaitConsumers(w.currentLink())
+	w.awaitConsumers(ctx, w.currentLink())
 	w.log.Info("configuration taken up", changesOf(before, next)...)
 	return nil
 }
 
 // awaitConsumers waits for the broker to take new subscriptions, within reason: who reads that the configuration has been
 // taken up may send a task at once.
-func (w *worker) awaitConsumers(l *brokerLink) {
+func (w *worker) awaitConsumers(ctx context.Context, l *brokerLink) {
+	if !w.isConnected(l) {
+		return
+	}
 	var consumers []Consumer
 	w.mu.Lock()
 	for _, c := range l.consumers {
@@ -103,6 +108,8 @@ func (w *worker) awaitConsumers(l *brokerLink) {
 		case <-patience:
 			return
 		case <-l.ctx.Done():
+			return
+		case <-ctx.Done():
 			return
 		}
 	}

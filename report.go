@@ -25,6 +25,7 @@ const (
 // A reporter is a subscriber of the event bus with one sender.
 type reporter struct {
 	broker Broker
+	back   <-chan struct{} // has a value when the broker is connected again
 	hostID string
 	log    *slog.Logger
 
@@ -50,10 +51,10 @@ type outgoing struct {
 	settles string // task id, or ""
 }
 
-func newReporter(broker Broker, hostID string, log *slog.Logger, settled func(taskID string)) *reporter {
+func newReporter(broker Broker, back <-chan struct{}, hostID string, log *slog.Logger, settled func(taskID string)) *reporter {
 	ctx, quit := context.WithCancel(context.Background())
 	r := &reporter{
-		broker: broker, hostID: hostID, log: log, settled: settled,
+		broker: broker, back: back, hostID: hostID, log: log, settled: settled,
 		wake: make(chan struct{}, 1), done: make(chan struct{}), quit: quit,
 	}
 	r.room.L = &r.mu
@@ -170,10 +171,12 @@ func (r *reporter) deliver(ctx context.Context, batch []outgoing) (arrived int) 
 		r.log.Debug("event not sent yet", errAttrs(err), "subject", batch[0].Subject)
 		select {
 		case <-time.After(pause/2 + rand.N(pause/2)):
+			pause = min(2*pause, maxReportPause)
+		case <-r.back:
+			pause = minReportPause
 		case <-ctx.Done():
 			return arrived
 		}
-		pause = min(2*pause, maxReportPause)
 	}
 }
 

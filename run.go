@@ -125,7 +125,7 @@ func runTask(ctx context.Context, inv *invocation, cfg *Config, job *Job, data j
 	if err := w.open(ctx); err != nil {
 		return none, err
 	}
-	defer w.close()
+	defer w.close(context.Background())
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 	defer signal.Stop(signals)

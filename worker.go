@@ -590,8 +590,8 @@ func (w *worker) putBackWaiting() {
 }
 
 // close reports and writes what is left, after drain. What keeps claims alive and reports has gone on until here, and
-// every task's last process is gone.
-func (w *worker) close() {
+// every task's last process is gone. When ctx ends, what is unsent is left to the journal.
+func (w *worker) close(ctx context.Context) {
 	w.spawner.close()
 	var closing sync.WaitGroup
 	for _, l := range w.openLinks() {
@@ -599,7 +599,7 @@ func (w *worker) close() {
 		closing.Add(1)
 		go func() { // ends within settleTimeout and what closing takes
 			defer closing.Done()
-			w.closeLink(context.Background(), l)
+			w.closeLink(ctx, l)
 		}()
 	}
 	closing.Wait()
@@ -613,7 +613,7 @@ func (w *worker) close() {
 
 // makesProgress returns once it has got hold of what everything that a task goes through needs: never, if that is stuck.
 func (w *worker) makesProgress() {
-	w.currentLink()
+	w.currentLink().follower.busy()
 	w.queue.limit("")
 	w.bus.subscribe(func(event) {})()
 }
