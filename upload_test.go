@@ -192,7 +192,7 @@ func TestResult(t *testing.T) {
 
 // An upload may take longer than any limit, as long as it moves; one that no longer moves is given up.
 func TestUploadSlow(t *testing.T) {
-	t.Parallel() // beside others that wait
+	t.Parallel()          // beside others that wait
 	const size = 24 << 20 // more than the sockets hold
 	path := filepath.Join(t.TempDir(), "big")
 	if err := os.WriteFile(path, bytes.Repeat([]byte("x"), size), 0o600); err != nil {
