@@ -27,11 +27,7 @@ func runWorker(ctx context.Context, inv *invocation) int {
 		err = p.standAlone(ctx, inv)
 	}
 	if err != nil {
-		inv.printError(err)
-		if codeOf(err) == codeConfig {
-			return exitUsage
-		}
-		return exitFailed
+		return inv.failed(err)
 	}
 	if err := p.run(ctx); err != nil {
 		p.log.Error("worker stopped", errAttrs(err))

@@ -57,12 +57,12 @@ func (w *worker) control(t *task) {
 			w.controlled--
 		}
 		w.mu.Lock()
-		known := t.link == l && !t.givenBack
-		if known {
+		wanted = t.link == l && !t.givenBack && t.uncontrol == nil
+		if wanted {
 			t.uncontrol = stop
 		}
 		w.mu.Unlock()
-		if !known { // it has ended or moved meanwhile
+		if !wanted { // it has ended, moved, or is listened on already
 			stop()
 		}
 	})

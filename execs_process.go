@@ -22,11 +22,7 @@ func runExecs(ctx context.Context, inv *invocation) int {
 		err = p.standAlone(ctx, inv)
 	}
 	if err != nil {
-		inv.printError(err)
-		if codeOf(err) == codeConfig {
-			return exitUsage
-		}
-		return exitFailed
+		return inv.failed(err)
 	}
 	return p.run()
 }

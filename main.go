@@ -225,6 +225,15 @@ func (inv *invocation) configFile() string {
 	return "config.yaml"
 }
 
+// failed tells a person why a process could not begin, and gives its exit code.
+func (inv *invocation) failed(err error) int {
+	inv.printError(err)
+	if codeOf(err) == codeConfig {
+		return exitUsage
+	}
+	return exitFailed
+}
+
 // printError tells a person what went wrong: the error, its code, and what would help.
 func (inv *invocation) printError(err error) {
 	text := err.Error()

@@ -1,8 +1,8 @@
 package main
 
-// postpone.go is what a task waits for besides a slot. It holds the tasks of a job back for a moment when one of them could not be started because this host lacks
-// something: room in its working folder, descriptors, processes, memory. Without that a long queue would be gone through
-// again and again, each task with its lines in log and journal.
+// postpone.go is what a task waits for besides a slot. It holds the tasks of a job back for a moment when one of them
+// could not be started because this host lacks something: room in its working folder, descriptors, processes, memory.
+// Without that a long queue would be gone through again and again, each task with its lines in log and journal.
 
 import (
 	"fmt"

@@ -6,8 +6,6 @@ package main
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -16,9 +14,6 @@ import (
 	"sync/atomic"
 	"time"
 )
-
-// maxMessageBytes bounds a task's message (PROTOCOL section 6).
-const maxMessageBytes = 16 << 20
 
 // maxPutBacks is how many deliveries are put up with for each crash that a task may cause: a broker counts deliveries,
 // also those that were put back unharmed when a worker stopped.
@@ -228,52 +223,6 @@ func (w *worker) recover(found []journalTask) {
 	if waiting > 0 {
 		w.log.Info("unfinished tasks taken up", "count", waiting)
 	}
-}
-
-// A taskMessage is what a manager sends to start a task.
-type taskMessage struct {
-	TaskID string          `json:"task_id"`
-	Data   json.RawMessage `json:"data"`
-	Action string          `json:"action,omitempty"`
-}
-
-// parseTaskMessage checks a message that claims to be a task (PROTOCOL section 6, item 1).
-func parseTaskMessage(data []byte) (taskMessage, error) {
-	var m taskMessage
-	switch err := error(nil); {
-	case len(data) > maxMessageBytes:
-		return m, fail(codeMessage, "read task message", fmt.Errorf("%d bytes are more than the %d allowed", len(data), maxMessageBytes))
-	default:
-		if err = json.Unmarshal(data, &m); err != nil {
-			return m, fail(codeMessage, "read task message", err)
-		}
-	}
-	if !validTaskID(m.TaskID) {
-		return m, fail(codeMessage, "read task message", fmt.Errorf(
-			"task_id %.140q is not 1 to 128 of A-Z a-z 0-9 . _ - without a dot in front", m.TaskID))
-	}
-	if m.Action != "" && m.Action != "execute" {
-		return m, fail(codeMessage, "read task message", fmt.Errorf("unknown action %.40q", m.Action))
-	}
-	if len(m.Data) == 0 {
-		m.Data = json.RawMessage("{}")
-	}
-	return m, nil
-}
-
-// validTaskID reports whether an id may name a file and a subject.
-func validTaskID(id string) bool {
-	if len(id) == 0 || len(id) > 128 || id[0] == '.' {
-		return false
-	}
-	for _, c := range []byte(id) {
-		switch {
-		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', c == '.', c == '_', c == '-':
-		default:
-			return false
-		}
-	}
-	return true
 }
 
 // take checks a delivery and accepts the task, where need be after another worker has been looked for that has it.
@@ -525,111 +474,9 @@ func (w *worker) journalled(op, id string, err error) {
 	}
 }
 
-// drain is the graceful stop: nothing new is started, running tasks may end within the drain timeout, the rest is
-// stopped and put back, and what is known is reported. ctx's end (a second signal) stops the rest at once.
-func (w *worker) drain(ctx context.Context) {
-	close(w.draining)
-	w.background.Wait()
-	var consumers []Consumer
-	w.mu.Lock()
-	w.state = stateDraining
-	for _, l := range w.links {
-		if !l.isLocal() { // what is created meanwhile waits in the journal
-			for _, c := range l.consumers {
-				consumers = append(consumers, c)
-			}
-		}
-	}
-	w.mu.Unlock()
-	w.queue.pause(pausedByDrain)
-	for _, c := range consumers {
-		c.Stop()
-	}
-	w.looking.Wait()
-	w.putBackWaiting()
-	if n := w.runningTasks.Load(); n > 0 {
-		w.log.Info("waiting for running tasks", "count", n, "limit", w.config().DrainTimeout.String())
-	}
-	patience, stop := context.WithTimeout(ctx, w.config().DrainTimeout)
-	defer stop()
-	for w.runningTasks.Load() > 0 && patience.Err() == nil {
-		select {
-		case <-patience.Done():
-		case <-time.After(20 * time.Millisecond):
-		}
-	}
-	w.cancel(errPutBack)
-	everyTaskEnded := make(chan struct{})
-	go func() { // ends when the last task has
-		w.tasks.Wait()
-		close(everyTaskEnded)
-	}()
-	select {
-	case <-everyTaskEnded:
-	case <-ctx.Done():
-		w.killRunning()
-		<-everyTaskEnded
-	}
-}
-
-// putBackWaiting gives back what a durable broker can have delivered elsewhere while this worker drains.
-func (w *worker) putBackWaiting() {
-	var waiting []*task
-	w.mu.Lock()
-	for _, t := range w.known {
-		if t.delivery != nil && t.status == statusQueued {
-			waiting = append(waiting, t)
-		}
-	}
-	w.mu.Unlock()
-	for _, t := range waiting {
-		if w.queue.remove(t) { // else it has got its slot just now
-			w.putBack(t)
-		}
-	}
-}
-
-// close reports and writes what is left, after drain. What keeps claims alive and reports has gone on until here, and
-// every task's last process is gone. When ctx ends, what is unsent is left to the journal.
-func (w *worker) close(ctx context.Context) {
-	w.spawner.close()
-	var closing sync.WaitGroup
-	for _, l := range w.openLinks() {
-		l.quit()
-		closing.Add(1)
-		go func() { // ends within settleTimeout and what closing takes
-			defer closing.Done()
-			w.closeLink(ctx, l)
-		}()
-	}
-	closing.Wait()
-	if w.journal == nil {
-		return
-	}
-	if err := w.journal.close(); err != nil {
-		w.log.Error("journal not closed", errAttrs(err))
-	}
-}
-
 // makesProgress returns once it has got hold of what everything that a task goes through needs: never, if that is stuck.
 func (w *worker) makesProgress() {
 	w.currentLink().follower.busy()
 	w.queue.limit("")
 	w.bus.subscribe(func(event) {})()
-}
-
-// killRunning shortens the grace of commands that are being stopped to nothing.
-func (w *worker) killRunning() { w.hurryOnce.Do(func() { close(w.hurry) }) }
-
-// newTaskID makes a UUID version 7 (RFC 9562): it sorts by time.
-func newTaskID() string {
-	var u [16]byte
-	rand.Read(u[6:])
-	ms := time.Now().UnixMilli()
-	for i := range 6 {
-		u[i] = byte(ms >> (40 - 8*i))
-	}
-	u[6] = u[6]&0x0f | 0x70
-	u[8] = u[8]&0x3f | 0x80
-	return fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])
 }
