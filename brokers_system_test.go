@@ -169,10 +169,7 @@ func countOf(events []publishedEvent, subject string) int {
 
 func TestBrokerSharesTasks(t *testing.T) {
 	onEveryBroker(t, func(t *testing.T, kind brokerKind, server testServer) {
-		tasks := 1000
-		if raceEnabled { // which makes each three times as dear
-			tasks = 400
-		}
+		const tasks = 1000
 		job := "concurrency: 4\nretain: {tasks: 5000}\njobs: [{event: note, cmd: 'echo {{task_id}} >> ran'}]\n"
 		workers := []*agent{
 			workerOn(t, kind, server, "w1", job), workerOn(t, kind, server, "w2", job), workerOn(t, kind, server, "w3", job),
