@@ -9,14 +9,19 @@ import (
 	"fmt"
 	"net/http"
 	"sync"
+	"time"
 	"unicode/utf8"
 )
 
 const (
 	maxEventReaders   = 256
 	maxEventBacklog   = 4 << 20 // bytes that a reader may be behind
-	eventSegmentBytes = 64 << 10
+	eventSegmentBytes = 256 << 10
 	eventTailBytes    = 1 << 10 // of each piece of output, for readers that want no more
+
+	// The least time between two writes to one reader: readers must not slow the tasks down that they look at.
+	minEventPace = 200 * time.Millisecond
+	eventPace    = 5 * time.Millisecond // for each reader there is
 )
 
 // An eventFeed has a stream of whole events, and one with the tails of output only.
@@ -222,6 +227,13 @@ func (f *eventFeed) count() (readers, followers int, dropped uint64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return len(f.readers), f.followers, f.dropped
+}
+
+// pace is how long a reader waits after a write: the more readers there are, the longer, for what costs is not the bytes
+// so much as the writes and the readers that wake up for them.
+func (f *eventFeed) pace() time.Duration {
+	readers, _, _ := f.count()
+	return max(minEventPace, time.Duration(readers)*eventPace)
 }
 
 func tooManyReaders(op string) error {

@@ -12,9 +12,6 @@ import (
 const (
 	maxFollowers = 256 // logs being followed at once
 
-	// eventPace is the least time between two writes to one reader: hundreds of them must not slow the tasks down that
-	// they look at.
-	eventPace      = 200 * time.Millisecond
 	eventHeartbeat = 15 * time.Second
 	followTimeout  = 10 * time.Minute // a reader of a log may pause that long
 )
@@ -99,7 +96,7 @@ func (a *apiServer) showEvents(w http.ResponseWriter, r *http.Request) error {
 		if written {
 			reply.flush()
 			select {
-			case <-time.After(eventPace):
+			case <-time.After(a.feed.pace()):
 			case <-r.Context().Done():
 				return nil
 			}
