@@ -198,13 +198,13 @@ func (p *workerProcess) run(ctx context.Context) error {
 	alive := time.NewTicker(alivePause)
 	defer alive.Stop()
 	var failed error
-	for p.notify(notice{Alive: true}); !p.stopping() && failed == nil; {
+	for p.notify(p.aliveNotice()); !p.stopping() && failed == nil; {
 		select {
 		case <-alive.C:
 			if w := p.service.filled.Load(); w != nil {
 				w.makesProgress()
 			}
-			p.notify(notice{Alive: true})
+			p.notify(p.aliveNotice())
 		case failed = <-served:
 		case <-p.stop:
 		}
@@ -235,6 +235,15 @@ func (p *workerProcess) run(ctx context.Context) error {
 	}
 	p.log.Info("worker stopped")
 	return failed
+}
+
+// aliveNotice tells the parent how the worker is doing.
+func (p *workerProcess) aliveNotice() notice {
+	report := p.service.health()
+	jobs := report.Jobs
+	return notice{Alive: true, Pulse: &pulse{
+		Status: report.Status, Running: jobs.Running, Ended: jobs.Finish + jobs.Error + jobs.Timeout + jobs.Terminate,
+	}}
 }
 
 // configure makes the worker of the first complete configuration, and has it take up the later ones. What cannot be

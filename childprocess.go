@@ -5,7 +5,6 @@ package main
 
 import (
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -41,6 +40,7 @@ type childEvent struct {
 type keptChild struct {
 	name    string // for the log
 	command string // of the command line
+	program string // the program's file; "": the one that is installed
 
 	process *childProcess    // nil: it does not run
 	due     <-chan time.Time // when it is started again; nil: it runs, or is not to run
@@ -85,11 +85,21 @@ func (k *keptChild) kill() {
 func (k *keptChild) start(s *supervisor, first order) {
 	k.due, k.ending, k.endBy, k.silent = nil, false, nil, 0
 	var err error
-	if k.process, err = s.startProcess(k.command, first); err != nil {
+	program := k.program
+	if program == "" {
+		program = s.program
+	}
+	if k.process, err = s.startProcess(program, k.command, first); err != nil {
 		k.process = nil
 		s.log.Error(k.name+" cannot be started", errAttrs(fail(codeChild, "start "+k.name, err)), "pause", k.pause.String())
 		k.restartLater()
 	}
+}
+
+// adopt takes a process that was started already.
+func (k *keptChild) adopt(process *childProcess) {
+	k.process, k.due, k.ending, k.endBy, k.silent = process, nil, false, nil, 0
+	process.began = time.Now()
 }
 
 // ended notes the end of the process, and has it started again if it is missed.
@@ -113,12 +123,8 @@ func (k *keptChild) restartLater() {
 }
 
 // startProcess starts a child of the parent. It inherits the listening socket, and nothing of the service manager's.
-func (s *supervisor) startProcess(command string, first order) (*childProcess, error) {
-	self, err := os.Executable()
-	if err != nil {
-		return nil, fmt.Errorf("find the program file: %w", err)
-	}
-	cmd := exec.Command(self, command, "--config", s.cfg.File, "--supervised")
+func (s *supervisor) startProcess(program, command string, first order) (*childProcess, error) {
+	cmd := exec.Command(program, command, "--config", s.cfg.File, "--supervised")
 	cmd.Env = withoutServiceVariables(os.Environ())
 	cmd.Stderr = s.stderr
 	if first.Listener {

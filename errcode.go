@@ -28,6 +28,14 @@ const (
 	codeHardware errCode = "ERR-30350903208"
 )
 
+// The program itself.
+const (
+	// A newer version that the manager offers could not be fetched, is not what the manager says, does not run here or did
+	// not stay healthy on trial. The old one works on; what could pass is tried again later, everything else when the manager
+	// offers something else. The line says what is wrong.
+	codeUpdate errCode = "ERR-25230903100"
+)
+
 // Worker.
 const (
 	// A message on a job's subject is no task: not JSON, too large, with an id that cannot name a file, or with an unknown

@@ -28,6 +28,7 @@ type order struct {
 	Config   *Config `json:"config,omitempty"`   // the first order carries it, and later ones what it has become
 	Pending  bool    `json:"pending,omitempty"`  // the manager has not completed it yet: a later order will
 	Listener bool    `json:"listener,omitempty"` // descriptor 3 is the listening socket
+	Standby  bool    `json:"standby,omitempty"`  // say that it lives, and wait: the order to begin follows
 	Drain    bool    `json:"drain,omitempty"`    // stop gracefully
 	Kill     bool    `json:"kill,omitempty"`     // stop at once
 
@@ -45,7 +46,8 @@ type notice struct {
 	Shutdown bool `json:"shutdown,omitempty"` // this worker is wanted to stop, by the manager or a background process
 	Failed   bool `json:"failed,omitempty"`   // with Shutdown: it is a failure, and to be told by the exit code
 
-	Execs []execHealth `json:"execs,omitzero"` // of the execs child: whenever one of its processes has changed
+	Pulse *pulse       `json:"pulse,omitempty"` // of the worker, with Alive
+	Execs []execHealth `json:"execs,omitzero"`  // of the execs child: whenever one of its processes has changed
 }
 
 // writeLine sends an order or a notice.
@@ -93,23 +95,37 @@ func joinParent(inv *invocation) (*lifeline, error) {
 	os.Stdout = os.Stderr // whatever else would print there goes to the log
 	sealDescriptors()
 	l := &lifeline{orders: newLineReader(inv.stdin)}
-	if err := l.orders.next(&l.first); err != nil {
+	if err := l.begin(inv, notices); err != nil {
 		return nil, fail(codeLifeline, "read the parent's first order", err)
-	}
-	if l.first.Config == nil {
-		return nil, fail(codeLifeline, "read the parent's first order", errors.New("it holds no configuration"))
-	}
-	l.log = newLogger(inv.stderr, l.first.Config)
-	l.notify = func(n notice) {
-		if err := writeLine(notices, n); err != nil {
-			l.log.Debug("parent does not listen", errAttrs(err))
-		}
 	}
 	// A terminal sends its interrupt and its end to the whole group; the parent passes on what is meant. And a parent or a
 	// log's reader that is gone must not end this process by the pipe to it. They are not ignored, which commands would
 	// inherit, but delivered to nobody.
 	signal.Notify(make(chan os.Signal, 1), os.Interrupt, syscall.SIGHUP, syscall.SIGPIPE)
 	return l, nil
+}
+
+// begin reads the order to begin. A new version on trial gets it when the old one has ended.
+func (l *lifeline) begin(inv *invocation, notices io.Writer) error {
+	for standby := true; standby; standby = l.first.Standby {
+		l.first = order{}
+		if err := l.orders.next(&l.first); err != nil {
+			return err
+		}
+		if l.first.Config == nil {
+			return errors.New("it holds no configuration")
+		}
+		l.log = newLogger(inv.stderr, l.first.Config)
+		l.notify = func(n notice) {
+			if err := writeLine(notices, n); err != nil {
+				l.log.Debug("parent does not listen", errAttrs(err))
+			}
+		}
+		if l.first.Standby {
+			l.notify(notice{Alive: true})
+		}
+	}
+	return nil
 }
 
 // signalOnce notes a wish that is open already if it is not taken yet.

@@ -23,6 +23,9 @@ type configSource struct {
 	updates chan configUpdate // unbuffered, sent by run
 	again   chan struct{}     // load and ask now
 
+	// followed says that another process has worked here until now: what the manager said to that one serves at once.
+	followed bool // set before run
+
 	// What follows is run's alone.
 	watch    *configWatch
 	identity string  // where the configuration names none: a host that is renamed meanwhile keeps it
@@ -42,6 +45,9 @@ type configSource struct {
 	due       <-chan time.Time   // when to ask again
 	failures  int                // in a row
 
+	offer     offeredVersion // of the manager's last good answer
+	sentOffer offeredVersion
+
 	sent         *Config
 	sentProblems map[string]string
 	owed         bool // askAgain has not been answered yet
@@ -54,6 +60,8 @@ type configUpdate struct {
 	// problems is everything that is wrong now, by what it is about: "manager" (why it could not be asked, or its answer
 	// not be used) and "configuration" (why the changed file is not taken up). Empty when nothing is wrong.
 	problems map[string]string
+
+	offer offeredVersion // what the manager wants to run, as it said last; zero: nothing, or no manager has answered yet
 
 	answered bool // file and manager have been asked since askAgain was called
 }
@@ -79,6 +87,12 @@ func (s *configSource) run(ctx context.Context) {
 	}
 	poll := time.NewTicker(s.watch.poll)
 	defer poll.Stop()
+	if s.followed && s.file.EndPoint != "" {
+		s.managerID = managerIDOf(s.file)
+		if reply, _, err := newManagerClient(s.file, s.log).remembered(); err == nil {
+			_ = s.useReply(reply)
+		}
+	}
 	_ = s.try(s.file) // nothing is there yet that it could be refused for
 	s.adopt(ctx, s.file)
 	s.watch.look()
@@ -90,7 +104,7 @@ func (s *configSource) run(ctx context.Context) {
 		}
 		select {
 		case updates <- update:
-			s.sent, s.sentProblems = s.complete, update.problems
+			s.sent, s.sentProblems, s.sentOffer = s.complete, update.problems, update.offer
 			s.owed = s.owed && !update.answered
 		case <-poll.C:
 			if s.watch.look(); s.watch.changed() {
@@ -112,7 +126,7 @@ func (s *configSource) run(ctx context.Context) {
 
 // update is what there is to tell, if anything.
 func (s *configSource) update() (update configUpdate, due bool) {
-	update.problems = maps.Clone(s.problems)
+	update.problems, update.offer = maps.Clone(s.problems), s.offer
 	if s.complete != s.sent {
 		if s.sent != nil && sameConfig(s.complete, s.sent) {
 			s.complete = s.sent
@@ -121,7 +135,8 @@ func (s *configSource) update() (update configUpdate, due bool) {
 		}
 	}
 	update.answered = s.owed && s.answers == nil && s.watch.settled()
-	return update, update.config != nil || update.answered || !maps.Equal(update.problems, s.sentProblems)
+	return update, update.config != nil || update.answered || update.offer != s.sentOffer ||
+		!maps.Equal(update.problems, s.sentProblems)
 }
 
 // sameConfig compares all but the warnings, which name lines that move with every comment.
@@ -144,6 +159,7 @@ func (s *configSource) adopt(ctx context.Context, next *Config) {
 	}
 	if next.EndPoint == "" {
 		delete(s.problems, "manager")
+		s.offer = offeredVersion{}
 		return
 	}
 	s.client = newManagerClient(next, s.log)
@@ -346,6 +362,7 @@ func (s *configSource) useReply(reply *managerReply) error {
 }
 
 func (s *configSource) managerFine(reply *managerReply) {
+	s.offer = reply.Version
 	if s.problems["manager"] != "" {
 		delete(s.problems, "manager")
 		s.log.Info("the manager answers again", "addr", s.file.EndPoint)

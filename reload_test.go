@@ -79,37 +79,12 @@ execs:
 	pid := a.childPID()
 	execs := a.execPIDs()
 
-	var mu sync.Mutex // guards what follows
-	var ids, refused []string
-	stop := make(chan struct{})
-	var creating sync.WaitGroup
-	for i := range 4 {
-		creating.Add(1)
-		go func() { // ends at stop
-			defer creating.Done()
-			// Each request on a connection of its own, as from a script.
-			client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
-			for n := 0; ; n++ {
-				select {
-				case <-stop:
-					return
-				case <-time.After(40 * time.Millisecond):
-				}
-				event := "quick"
-				if (n+i)%8 == 0 {
-					event = "slow"
-				}
-				id, err := createBy(client, a.url, event)
-				mu.Lock()
-				if err != nil {
-					refused = append(refused, err.Error())
-				} else {
-					ids = append(ids, id)
-				}
-				mu.Unlock()
-			}
-		}()
-	}
+	created := a.createAlong(4, func(n int) string {
+		if n%8 == 0 {
+			return "slow"
+		}
+		return "quick"
+	})
 	for round := 1; round <= 10; round++ {
 		before, after := fmt.Sprintf("round %d", round-1), fmt.Sprintf("round %d", round)
 		switch round % 5 {
@@ -131,23 +106,7 @@ execs:
 			a.change("5004", "5000")
 		}
 	}
-	close(stop)
-	creating.Wait()
-
-	for _, id := range ids {
-		a.wait(id, statusFinish)
-	}
-	ran := a.ran()
-	slices.Sort(ran)
-	if doubled := len(ran) - len(slices.Compact(slices.Clone(ran))); doubled > 0 {
-		t.Errorf("%d tasks ran twice", doubled)
-	}
-	if len(refused) > 0 {
-		t.Errorf("%d requests were refused, such as: %s", len(refused), refused[0])
-	}
-	if len(ran) != len(ids) {
-		t.Errorf("%d tasks were created, %d ran", len(ids), len(ran))
-	}
+	tasks := created()
 	if a.childPID() != pid {
 		t.Error("the worker process is another one")
 	}
@@ -155,7 +114,59 @@ execs:
 	if now["kept"] == 0 || now["kept"] != execs["kept"] || now["changed"] == execs["changed"] {
 		t.Errorf("background processes were %v, and are %v", execs, now)
 	}
-	t.Logf("%d tasks, %d reloads", len(ids), a.takenUp())
+	t.Logf("%d tasks, %d reloads", tasks, a.takenUp())
+}
+
+// createAlong has clients create tasks, each request on a connection of its own, as from a script. The jobs append the
+// task's id to the file ran. The function that it gives ends them, waits for the tasks, and checks that no request was
+// refused and that each task ran once.
+func (a *agent) createAlong(clients int, event func(n int) string) (check func() (tasks int)) {
+	var mu sync.Mutex // guards what follows
+	var ids, refused []string
+	stop := make(chan struct{})
+	var creating sync.WaitGroup
+	for i := range clients {
+		creating.Add(1)
+		go func() { // ends at stop
+			defer creating.Done()
+			client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+			for n := i; ; n++ {
+				select {
+				case <-stop:
+					return
+				case <-time.After(40 * time.Millisecond):
+				}
+				id, err := createBy(client, a.url, event(n))
+				mu.Lock()
+				if err != nil {
+					refused = append(refused, err.Error())
+				} else {
+					ids = append(ids, id)
+				}
+				mu.Unlock()
+			}
+		}()
+	}
+	return func() int {
+		a.t.Helper()
+		close(stop)
+		creating.Wait()
+		for _, id := range ids {
+			a.wait(id, statusFinish)
+		}
+		ran := a.ran()
+		slices.Sort(ran)
+		if doubled := len(ran) - len(slices.Compact(slices.Clone(ran))); doubled > 0 {
+			a.t.Errorf("%d tasks ran twice", doubled)
+		}
+		if len(refused) > 0 {
+			a.t.Errorf("%d requests were refused, such as: %s", len(refused), refused[0])
+		}
+		if len(ran) != len(ids) {
+			a.t.Errorf("%d tasks were created, %d ran", len(ids), len(ran))
+		}
+		return len(ids)
+	}
 }
 
 // createBy creates a task by a client of its own.

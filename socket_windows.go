@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"net"
+	"os"
 	"syscall"
 )
 
@@ -15,6 +16,8 @@ const (
 
 // socketInherits is false: Windows has no descriptors to pass this way, so each worker opens the port itself.
 const socketInherits = false
+
+func duplicateSocket(*net.TCPListener) (*os.File, error) { return nil, errors.ErrUnsupported }
 
 func inheritedSocket() (net.Listener, error) {
 	return nil, errors.ErrUnsupported

@@ -60,8 +60,15 @@ func runParent(ctx context.Context, inv *invocation) int {
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 
 	reserveThreads(parentThreads)
-	s := newSupervisor(cfg, newLogger(inv.stderr, cfg), inv.stderr)
-	if err := s.openSocket(cfg.Listen, bindPatience); err != nil {
+	program, err := programFile()
+	if err != nil {
+		inv.printError(err)
+		return exitFailed
+	}
+	s := newSupervisor(cfg, program, newLogger(inv.stderr, cfg), inv.stderr)
+	if s.takeOverSocket() {
+		s.log.Info("the parent is the new version now", "version", version, "number", versionNumber, "pid", os.Getpid())
+	} else if err := s.openSocket(cfg.Listen, bindPatience); err != nil {
 		inv.printError(err)
 		return exitFailed
 	}
@@ -79,13 +86,23 @@ type supervisor struct {
 	system   *serviceNotifier
 	reaper   *reaper
 	source   *configSource
+	program  string // the installed program's file
 
 	worker, execs keptChild
+	vitals        vitals
 	events        chan childEvent
 	watching      sync.WaitGroup
 
-	problems   map[string]string // what is wrong here, by what it is about
-	execStates []execHealth      // what the execs child said last
+	updater   *updater
+	offer     offeredVersion // what the manager said last
+	trial     *trial         // of a new version; nil: there is none
+	swapped   bool           // this process is not what is installed any more
+	candidate *childProcess  // the new version's, before it is the worker; nil: there is none
+
+	// What is wrong, by what it is about: with the configuration, as its source says, and with what the parent does.
+	sourceProblems, ownProblems map[string]string
+
+	execStates []execHealth // what the execs child said last
 
 	refused  *Config          // cannot be taken up for want of its port; nil: the last one was
 	again    <-chan time.Time // when to try once more
@@ -97,14 +114,15 @@ type supervisor struct {
 	execsBy  <-chan time.Time // when the background processes are ended although the worker has not ended yet
 }
 
-func newSupervisor(cfg *Config, log *slog.Logger, stderr io.Writer) *supervisor {
+func newSupervisor(cfg *Config, program string, log *slog.Logger, stderr io.Writer) *supervisor {
 	s := &supervisor{
-		cfg: cfg, log: log, stderr: stderr, reaper: newReaper(log), events: make(chan childEvent),
-		worker:     keptChild{name: "worker process", command: "child_process", pause: minRestartPause},
-		execs:      keptChild{name: "process of the execs", command: "child_execs_process", pause: minRestartPause},
-		problems:   map[string]string{},
-		execStates: []execHealth{},
+		cfg: cfg, program: program, log: log, stderr: stderr, reaper: newReaper(log), events: make(chan childEvent),
+		worker:      keptChild{name: "worker process", command: "child_process", pause: minRestartPause},
+		execs:       keptChild{name: "process of the execs", command: "child_execs_process", pause: minRestartPause},
+		ownProblems: map[string]string{},
+		execStates:  []execHealth{},
 	}
+	s.updater = newUpdater(program, stderr, log, s.reaper)
 	var err error
 	if s.system, err = newServiceNotifier(os.LookupEnv, os.Getpid()); err != nil {
 		log.Warn("service manager", errAttrs(err))
@@ -126,13 +144,28 @@ func (s *supervisor) openSocket(address string, patience time.Duration) error {
 		return err
 	}
 	defer listener.Close() // the duplicate stays open
-	socket, err := listener.File()
+	socket, err := duplicateSocket(listener)
 	if err != nil {
 		return fail(codeSocket, fmt.Sprintf("keep socket on %s", address), err)
 	}
 	s.closeSocket()
 	s.socket = socket
 	return nil
+}
+
+// takeOverSocket keeps the port open that the version before has left, if this process is one that has followed it.
+func (s *supervisor) takeOverSocket() bool {
+	socket, address := takenOver()
+	if socket == nil {
+		return false
+	}
+	s.source.followed = true
+	if address != s.cfg.Listen {
+		socket.Close()
+		return false
+	}
+	s.socket = socket
+	return true
 }
 
 func (s *supervisor) closeSocket() {
@@ -183,7 +216,8 @@ func (s *supervisor) supervise(ctx context.Context, signals <-chan os.Signal) in
 	}
 	liveness := time.NewTicker(look)
 	defer liveness.Stop()
-	for !s.stopping || s.worker.runs() || s.execs.runs() {
+	defer s.updater.end()
+	for !s.stopping || s.worker.runs() || s.execs.runs() || s.candidate != nil {
 		select {
 		case e := <-s.events:
 			select {
@@ -192,12 +226,19 @@ func (s *supervisor) supervise(ctx context.Context, signals <-chan os.Signal) in
 			default:
 			}
 			s.childEvent(e)
+			s.advanceTrial(ctx)
 		case update := <-s.source.updates:
 			s.update(update)
+			s.considerOffer(ctx, update.answered)
 		case sig := <-signals:
 			s.signal(sig)
 		case <-liveness.C:
 			s.checkLiveness(look)
+			s.advanceTrial(ctx)
+		case err := <-s.updater.fetched:
+			s.fetched(ctx, err)
+		case <-s.updater.due:
+			s.considerOffer(ctx, true)
 		case <-s.worker.due:
 			s.startWorker()
 		case <-s.execs.due:
@@ -205,7 +246,7 @@ func (s *supervisor) supervise(ctx context.Context, signals <-chan os.Signal) in
 		case <-s.execsBy:
 			s.drainExecs()
 		case <-s.again:
-			s.update(configUpdate{problems: s.problems})
+			s.update(configUpdate{problems: s.sourceProblems, offer: s.offer})
 		case <-s.worker.endBy:
 			s.overdue(&s.worker)
 		case <-s.execs.endBy:
@@ -221,15 +262,29 @@ func (s *supervisor) supervise(ctx context.Context, signals <-chan os.Signal) in
 
 // startWorker starts the worker with what is known now.
 func (s *supervisor) startWorker() {
-	s.worker.start(s, order{
-		Config: s.cfg, Pending: !s.complete, Listener: s.socket != nil, Problems: s.problems, Execs: s.execStates,
-	})
+	s.vitals = vitals{}
+	s.worker.start(s, s.firstOrder())
+}
+
+// firstOrder lets a worker begin.
+func (s *supervisor) firstOrder() order {
+	return order{
+		Config: s.cfg, Pending: !s.complete, Listener: s.socket != nil, Problems: s.problems(), Execs: s.execStates,
+	}
+}
+
+// problems is all that is wrong, for /health.
+func (s *supervisor) problems() map[string]string {
+	all := map[string]string{}
+	maps.Copy(all, s.sourceProblems)
+	maps.Copy(all, s.ownProblems)
+	return all
 }
 
 // keepExecs starts the background processes' child if there are any and it does not run.
 func (s *supervisor) keepExecs() {
 	s.execs.due = nil
-	if len(s.cfg.Execs) > 0 && !s.execs.runs() {
+	if len(s.cfg.Execs) > 0 && !s.execs.runs() && !s.trialIn(trialLeaves) {
 		s.execs.start(s, order{Config: s.cfg, Pending: !s.complete})
 	}
 }
@@ -237,8 +292,12 @@ func (s *supervisor) keepExecs() {
 // childEvent follows what a child says.
 func (s *supervisor) childEvent(e childEvent) {
 	child := &s.worker
-	if e.from == s.execs.process {
+	switch e.from {
+	case s.execs.process:
 		child = &s.execs
+	case s.candidate:
+		s.candidateEvent(e)
+		return
 	}
 	switch {
 	case e.ended && child == &s.worker:
@@ -252,6 +311,9 @@ func (s *supervisor) childEvent(e childEvent) {
 	}
 	if said.Ready {
 		s.log.Debug("worker process is ready", "pid", e.from.cmd.Process.Pid)
+	}
+	if said.Pulse != nil && child == &s.worker {
+		s.vitals.hear(*said.Pulse)
 	}
 	if said.Alive && child == &s.worker {
 		if s.quiet = 0; !s.told && !s.stopping {
@@ -276,14 +338,19 @@ func (s *supervisor) childEvent(e childEvent) {
 }
 
 func (s *supervisor) workerEnded(err error) {
-	restart := s.worker.ending && !s.stopping // for a new port or folder
+	wanted := s.worker.ending && !s.stopping // for a new port or folder, or another version
 	s.worker.ended(s, err)
+	s.vitals = vitals{}
 	switch {
-	case restart:
-		s.startWorker()
-	case s.stopping:
+	case s.stopping, s.trialIn(trialLeaves):
 		s.worker.due = nil
 		s.drainExecs()
+	case s.trialIn(trialReplaces):
+		s.promote()
+	case wanted:
+		s.startWorker()
+	case s.trialIn(trialRuns):
+		s.trialDeath(err)
 	}
 }
 
@@ -318,8 +385,8 @@ func (s *supervisor) update(u configUpdate) {
 	if s.stopping {
 		return
 	}
-	s.problems = maps.Clone(u.problems)
-	delete(s.problems, "listen") // ours, and found anew
+	s.sourceProblems, s.offer = maps.Clone(u.problems), u.offer
+	delete(s.ownProblems, "listen") // it is found anew
 	switch {
 	case u.config != nil && s.complete && sameConfig(u.config, s.cfg):
 		u.config, s.refused = nil, nil // the very first, or one that was changed back
@@ -334,7 +401,7 @@ func (s *supervisor) update(u configUpdate) {
 			u.config = nil
 		}
 	}
-	s.worker.tell(s, order{Problems: s.problems})
+	s.worker.tell(s, order{Problems: s.problems()})
 	if u.config != nil {
 		s.handDown(u.config)
 	}
@@ -348,6 +415,9 @@ func (s *supervisor) handDown(cfg *Config) {
 	before, wasComplete := s.cfg, s.complete
 	s.cfg, s.complete = cfg, true
 	setLogFormat(s.log, cfg.LogFormat)
+	if before.Listen != s.cfg.Listen && s.candidate != nil {
+		s.recallCandidate() // it has the port before
+	}
 	moved := before.Listen != s.cfg.Listen || before.DataDir != s.cfg.DataDir
 	switch {
 	case !s.worker.runs(), s.worker.ending: // the next one starts with it
@@ -377,7 +447,7 @@ func (s *supervisor) moveSocket(cfg *Config) bool {
 		return true
 	}
 	s.log.Error("configuration not taken up, the one before stays", errAttrs(err), "pause", bindAgain.String())
-	s.problems["listen"] = codedText(err)
+	s.ownProblems["listen"] = codedText(err)
 	s.refused, s.again = cfg, time.After(bindAgain)
 	return false
 }
@@ -410,6 +480,7 @@ func (s *supervisor) stop(reason string) {
 	s.log.Info("stopping", "reason", reason)
 	s.tellSystem(s.system.stopping())
 	s.worker.due, s.execs.due = nil, nil
+	s.dropCandidate()
 	s.execsBy = time.After(s.cfg.DrainTimeout)
 	s.worker.drain(s, s.cfg.DrainTimeout+s.cfg.KillAfter+stopMargin)
 	if !s.worker.runs() {

@@ -260,7 +260,7 @@ func (w *worker) runCommand(ctx context.Context, t *task, with *setup) (a attemp
 		},
 		output: func(stream outputStream, data []byte) {
 			if stream == streamStderr {
-				tail.write(data)
+				tail.Write(data)
 			}
 			w.bus.publish(taskOutput{TaskID: t.id, Stream: stream, Data: data})
 		},
@@ -532,7 +532,9 @@ type tailBuffer struct {
 	cut   bool
 }
 
-func (b *tailBuffer) write(data []byte) {
+// Write never fails.
+func (b *tailBuffer) Write(data []byte) (int, error) {
+	n := len(data)
 	if over := len(b.data) + len(data) - b.limit; over > 0 {
 		b.cut = true
 		if over >= len(b.data) {
@@ -542,6 +544,7 @@ func (b *tailBuffer) write(data []byte) {
 		}
 	}
 	b.data = append(b.data, data...)
+	return n, nil
 }
 
 // text is the tail without a broken character in front and without white space at its end.

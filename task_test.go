@@ -143,7 +143,7 @@ func TestTailBuffer(t *testing.T) {
 	} {
 		b := &tailBuffer{limit: 10}
 		for _, piece := range row.pieces {
-			b.write([]byte(piece))
+			b.Write([]byte(piece))
 		}
 		if got := b.text(); got != row.want || !utf8.ValidString(got) {
 			t.Errorf("tail of %q = %q; want %q", row.pieces, got, row.want)

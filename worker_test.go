@@ -30,6 +30,7 @@ func TestMain(m *testing.M) {
 		os.Exit(role(os.Args[3:]))
 	}
 	if os.Getenv("JOB_ITEM_TEST_MAIN") == "1" {
+		actBuild()
 		os.Exit(run(context.Background(), os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
 	}
 	// Under nohup or in the background these are ignored, and every process of the tests would inherit that.
