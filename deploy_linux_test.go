@@ -61,9 +61,11 @@ func newImage(t *testing.T) *image {
 		t.Fatal("the last stage of the Dockerfile is not FROM scratch")
 	}
 	for line := range strings.Lines(stage) {
-		instruction, rest, _ := strings.Cut(strings.TrimSpace(line), " ")
-		switch instruction {
-		case "", "#":
+		if strings.HasPrefix(line, "#") {
+			continue
+		}
+		switch instruction, rest, _ := strings.Cut(strings.TrimSpace(line), " "); instruction {
+		case "":
 		case "COPY":
 			i.copy(t, built, strings.Fields(rest))
 		case "ENV":
