@@ -273,6 +273,28 @@ const (
 	codeResult errCode = "ERR-26112300720"
 )
 
+// Publishing a version.
+const (
+	// sign could not make a new key. It never overwrites a file: name one that does not exist, in a folder that takes it.
+	codeNewKey errCode = "ERR-26112300880"
+	// The private key could not be read, or is no Ed25519 key in PEM (PKCS #8, not encrypted). Make one with
+	// `job_item sign --new-key FILE`.
+	codePrivateKey errCode = "ERR-26112300881"
+	// Others than its owner may read or write the private key's file, and who has the key decides what the workers run.
+	// chmod 600 it, and make a new key if anybody may have read it.
+	codeKeyExposed errCode = "ERR-26112300882"
+	// A binary to sign or to check could not be read, is empty, or is larger than 256 MiB. Name the file that is to be
+	// published.
+	codeSignedFile errCode = "ERR-26112300883"
+	// `sign --check`: that key has not signed that file so. The file, the key or the signature is another; sign the file
+	// again and compare.
+	codeSignature errCode = "ERR-26112300884"
+	// The public key after --check is not one. `job_item sign --key FILE` prints it: 32 bytes in standard base64.
+	codePublicKey errCode = "ERR-26112300885"
+	// sign could not print a signature, such as to a file on a full disk. What is there is not complete; sign again.
+	codeSignOutput errCode = "ERR-26112300886"
+)
+
 // Job Manager.
 const (
 	// The manager did not answer: nothing listens there, the name is unknown, TLS failed, or the reply broke off or is too

@@ -46,6 +46,13 @@ inside a job:
   job_item upload FILE…                     keep files with the task
   job_item result [JSON|@FILE|-]            submit the task's result
 
+publishing a version:
+  job_item sign --new-key FILE              make a key: the private half into FILE, the public one is printed
+  job_item sign --key FILE [BINARY…] [--json]
+                                            what the manager answers for each BINARY; without one, the public key
+  job_item sign --check PUBLIC_KEY --signature SIGNATURE BINARY
+                                            whether that key has signed BINARY so: exit code 0 or 1
+
   job_item version                          which build this is
   job_item help                             this text
 
@@ -75,6 +82,10 @@ type invocation struct {
 	wait       bool
 	url        string
 	json       bool
+	newKey     string
+	key        string
+	check      string
+	signature  string
 	supervised bool // set by the parent when it starts a child: stdin is the lifeline
 
 	stdin          io.Reader
@@ -93,6 +104,7 @@ var commandFlags = map[string][]string{
 	"replay":              {"url", "wait"},
 	"upload":              {},
 	"result":              {},
+	"sign":                {"new-key", "key", "check", "signature", "json"},
 	"version":             {},
 	"help":                {},
 }
@@ -131,6 +143,8 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		return runUpload(ctx, inv)
 	case "result":
 		return runResult(ctx, inv)
+	case "sign":
+		return runSign(inv)
 	case "version":
 		fmt.Fprintln(stdout, versionLine())
 		return exitOK
@@ -159,6 +173,10 @@ func parseCommandLine(args []string) (*invocation, error) {
 	flags.BoolVar(&inv.wait, "wait", false, "")
 	flags.StringVar(&inv.url, "url", "", "")
 	flags.BoolVar(&inv.json, "json", false, "")
+	flags.StringVar(&inv.newKey, "new-key", "", "")
+	flags.StringVar(&inv.key, "key", "", "")
+	flags.StringVar(&inv.check, "check", "", "")
+	flags.StringVar(&inv.signature, "signature", "", "")
 	flags.BoolVar(&inv.supervised, "supervised", false, "")
 	flags.BoolVar(&showVersion, "version", false, "")
 	flags.BoolVar(&showHelp, "help", false, "")
