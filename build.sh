@@ -1,5 +1,5 @@
 #!/bin/sh
-# Builds ./job_item for this system: one static binary that knows its version.
+# Builds ./job_item for this system, or another ($GOOS, $GOARCH, $OUT): one static binary that knows its version.
 #   VERSION=v4.1.0 NUMBER=5 ./build.sh
 set -eu
 cd "$(dirname "$0")"
