@@ -60,6 +60,7 @@ licence() {
 		if (text ~ /Redistribution and use in source and binary forms/)
 			all = all (text ~ /Neither the name/ ? " AND BSD-3-Clause" : " AND BSD-2-Clause")
 		if (text ~ /Permission is hereby granted, free of charge/) all = all " AND MIT"
+		if (text ~ /Mozilla Public License,? [Vv]ersion 2\.0/) all = all " AND MPL-2.0"
 		print substr(all, 6)
 		exit all == ""
 	}' || stop "the licence in $1 is not recognised: read it, and teach licence() to"
@@ -69,9 +70,9 @@ licence() {
 # checksum (- for Go's own library) and the systems it is linked into.
 linked() {
 	for system in $SYSTEMS; do
-		go version -m "$(file "$system")" | awk -v system="$system" '
-			NR == 1 { print "std", substr($2, 3), "-", system }
-			$1 == "dep" { print $2, $3, $4, system }'
+		go version -m "$(file "$system")" | awk -v on="$system" '
+			NR == 1 { print "std", substr($2, 3), "-", on }
+			$1 == "dep" { print $2, $3, $4, on }'
 	done | LC_ALL=C sort -k1,3 -s | awk '
 		$1 " " $2 " " $3 != module { if (module) print module systems; module = $1 " " $2 " " $3; systems = "" }
 		{ systems = systems " " $4 }
