@@ -145,7 +145,7 @@ versions() {
 		name=$(file "$system")
 		signed=$("$temp/job_item" sign --key "$key" --json "$name")
 		printf '%s{"os":"%s","arch":"%s","job_item_version_number":%s,"job_item_version":"%s",%s%s' "$comma" "${system%%-*}" \
-			"$(arch "$system")" "$NUMBER" "$VERSION" "${LINK:+\"job_item_link\":\"$LINK$name\",}" "${signed#?}"
+			"$(arch "$system")" "$NUMBER" "$VERSION" "${LINK:+\"job_item_link\":\"${LINK%/}/$name\",}" "${signed#?}"
 		comma=',
 '
 	done
@@ -185,7 +185,7 @@ case $* in
 '') build ;;
 --check) check ;;
 *)
-	echo "usage: [VERSION=…] [NUMBER=…] [COMMIT=…] [KEY=FILE] [LINK=URL/] ./release.sh [--check]" >&2
+	echo "usage: [VERSION=…] [NUMBER=…] [COMMIT=…] [KEY=FILE] [LINK=URL] ./release.sh [--check]" >&2
 	exit 2
 	;;
 esac
