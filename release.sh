@@ -3,7 +3,7 @@
 # licences of what is linked in, SHA256SUMS and, with KEY, versions.json: what the manager answers for each system.
 #   VERSION=v4.1.0 NUMBER=5 KEY=release.key LINK=https://example.org/job_item/ ./release.sh
 #   VERSION=v4.1.0 NUMBER=5 ./release.sh --check     builds it again elsewhere and compares that with dist/
-# Whoever has the same source, Go and VERSION, NUMBER and COMMIT gets the same bytes. Go apart, any Unix has what it needs.
+# The same source, Go, VERSION, NUMBER and COMMIT give the same bytes. Besides Go it needs what any Unix has.
 set -eu
 cd "$(dirname "$0")"
 
@@ -12,6 +12,7 @@ SYSTEMS='linux-amd64 linux-arm64 linux-armv7 linux-386 darwin-amd64 darwin-arm64
 # What the environment, or `go env -w`, could say about code generation would be in the bytes.
 export GOFLAGS=-mod=readonly GOWORK=off GOAMD64=v1 GO386=sse2 GOARM=7 GOARM64=v8.0 GOFIPS140=off
 unset GOOS GOARCH
+export LC_ALL=C # the licences are bytes to tr and awk, and sort goes by them
 
 stop() {
 	echo "release.sh: $*" >&2
@@ -62,7 +63,7 @@ licence() {
 		if (text ~ /Permission is hereby granted, free of charge/) all = all " AND MIT"
 		if (text ~ /Mozilla Public License,? [Vv]ersion 2\.0/) all = all " AND MPL-2.0"
 		print substr(all, 6)
-		exit all == ""
+		exit (all == "")
 	}' || stop "the licence in $1 is not recognised: read it, and teach licence() to"
 }
 
@@ -73,14 +74,14 @@ linked() {
 		go version -m "$(file "$system")" | awk -v on="$system" '
 			NR == 1 { print "std", substr($2, 3), "-", on }
 			$1 == "dep" { print $2, $3, $4, on }'
-	done | LC_ALL=C sort -k1,3 -s | awk '
-		$1 " " $2 " " $3 != module { if (module) print module systems; module = $1 " " $2 " " $3; systems = "" }
+	done | sort -k1,3 -s | awk '
+		($1 " " $2 " " $3) != module { if (module) print module systems; module = $1 " " $2 " " $3; systems = "" }
 		{ systems = systems " " $4 }
 		END { print module systems }'
 }
 
-# materials: the bill of materials, and LICENSES.txt on the way. No times and no random serial number: it is reproducible as
-# the binaries are. awk rather than a program of Go: it is one loop, and the folder stays one package.
+# materials: the bill of materials, and LICENSES.txt on the way. It has no times and no random serial number, so that it
+# is reproducible as the binaries are. awk writes it rather than a Go program, and the folder stays one package.
 materials() {
 	cp ../LICENSE LICENSES.txt
 	linked >"$temp/linked"
@@ -170,7 +171,7 @@ build() {
 	[ -z "$key" ] || versions "$key" >versions.json
 }
 
-# check builds in a folder with another name and with an empty build cache, so that nothing can come from the first build.
+# check builds in a folder with another name and an empty build cache: nothing can come from the first build.
 check() {
 	[ -f dist/SHA256SUMS ] || stop "there is nothing to compare with: ./release.sh first"
 	(cd dist && sha256 -c SHA256SUMS >/dev/null) || stop "dist/ is not what its SHA256SUMS says"
