@@ -5,7 +5,6 @@ package main
 // config_value.go.
 
 import (
-	"encoding/base64"
 	"errors"
 	"log/slog"
 	"math"
@@ -360,7 +359,7 @@ func (r *configReader) update(f field, to *UpdateConfig) {
 	r.boolean(fields["enabled"], &to.Enabled)
 	r.boolean(fields["allow_insecure"], &to.AllowInsecure)
 	if text, ok := r.text(fields["public_key"]); ok {
-		if key, err := base64.StdEncoding.DecodeString(text); err != nil || len(key) != 32 {
+		if _, err := parsePublicKey(text); err != nil {
 			r.want(fields["public_key"], "an Ed25519 public key: 32 bytes in base64")
 		} else {
 			to.PublicKey = text

@@ -118,9 +118,7 @@ func (inv *invocation) checkSignature() int {
 		inv.printError(err)
 		return exitFailed
 	}
-	// Text that is no base64, or not of a signature's length, is no valid signature either.
-	signature, err := base64.StdEncoding.DecodeString(inv.signature)
-	if err != nil || !ed25519.Verify(publicKey, content, signature) {
+	if !validSignature(publicKey, inv.signature, content) {
 		inv.printError(fail(codeSignature, fmt.Sprintf("%q is not signed so by this key", inv.args[0]), nil))
 		return exitFailed
 	}

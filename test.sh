@@ -48,6 +48,7 @@ take() {
 need gcc gcc # the race detector links with it
 need python3 python3
 need node nodejs
+need openssl openssl
 need nats-server nats-server
 need redis-server redis-server
 need rabbitmq-server rabbitmq-server

@@ -61,6 +61,12 @@ func (f *updateFetch) proveBytes() error {
 	if err != nil {
 		return failUpdate("read "+f.file, err)
 	}
+	var key ed25519.PublicKey
+	if f.cfg.Update.PublicKey != "" {
+		if key, err = parsePublicKey(f.cfg.Update.PublicKey); err != nil {
+			return err
+		}
+	}
 	defer debug.FreeOSMemory() // the parent stays small
 	sum := sha256.Sum256(content)
 	switch {
@@ -69,7 +75,7 @@ func (f *updateFetch) proveBytes() error {
 	case f.offer.SHA256 != "" && !strings.EqualFold(f.offer.SHA256, hex.EncodeToString(sum[:])):
 		return refuseVersion("check the download", fmt.Errorf("its SHA-256 is %x, and job_item_sha256 is %s (%d bytes)",
 			sum, f.offer.SHA256, len(content)))
-	case f.cfg.Update.PublicKey != "" && !validSignature(f.cfg.Update.PublicKey, f.offer.Signature, content):
+	case key != nil && !validSignature(key, f.offer.Signature, content):
 		return refuseVersion("check the download", errors.New("job_item_signature is not that of update.public_key"))
 	}
 	return nil
@@ -80,11 +86,10 @@ func isSHA256(text string) bool {
 	return err == nil && len(sum) == sha256.Size
 }
 
-// validSignature checks a signature in base64 with a key in base64.
-func validSignature(publicKey, signature string, content []byte) bool {
-	key, keyErr := base64.StdEncoding.DecodeString(publicKey)
-	sig, sigErr := base64.StdEncoding.DecodeString(signature)
-	return keyErr == nil && sigErr == nil && len(key) == ed25519.PublicKeySize && ed25519.Verify(key, content, sig)
+// validSignature checks a signature in base64. Text that is no base64, or not of a signature's length, is no valid one.
+func validSignature(publicKey ed25519.PublicKey, signature string, content []byte) bool {
+	sig, err := base64.StdEncoding.DecodeString(signature)
+	return err == nil && ed25519.Verify(publicKey, content, sig)
 }
 
 // ask runs the new version with these arguments to its end, and gives what it says.

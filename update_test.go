@@ -180,8 +180,8 @@ execs:
 	if a.cmd.ProcessState.ExitCode() != 0 {
 		t.Errorf("exit code %d\n%s", a.cmd.ProcessState.ExitCode(), a.log)
 	}
-	must(t, sameContent(a.program, next.content))
-	must(t, sameContent(previousFile(a.program), makeBuild(t, 4, "").content))
+	must(t, holds(a.program, next.content))
+	must(t, holds(previousFile(a.program), makeBuild(t, 4, "").content))
 
 	// Put back by hand, the version before stays, although the manager offers the other one.
 	must(t, os.Rename(previousFile(a.program), a.program))
@@ -317,14 +317,14 @@ func TestSwapInterrupted(t *testing.T) {
 		}
 		err := swapBinary(program)
 		if name == "new gone" {
-			if codeOf(err) != codeUpdate || sameContent(program, []byte("now")) != nil {
+			if codeOf(err) != codeUpdate || holds(program, []byte("now")) != nil {
 				t.Errorf("%s: %v", name, err)
 			}
 			continue
 		}
 		must(t, err)
-		must(t, sameContent(program, []byte("next")))
-		must(t, sameContent(program+".old", []byte("now")))
+		must(t, holds(program, []byte("next")))
+		must(t, holds(program+".old", []byte("now")))
 	}
 }
 
@@ -473,8 +473,8 @@ func TestUpdateRedirect(t *testing.T) {
 	}
 }
 
-// sameContent is an error where the file holds something else.
-func sameContent(path string, want []byte) error {
+// holds is an error where the file holds something else.
+func holds(path string, want []byte) error {
 	got, err := os.ReadFile(path)
 	if err == nil && !bytes.Equal(got, want) {
 		err = fmt.Errorf("%s is another file", path)
