@@ -29,6 +29,7 @@ type command struct {
 	line      string          // for the shell
 	dir       string          // working folder; "": the worker's own
 	env       []string        // "NAME=value", of a repeated name the last; nil: the worker's own
+	envDone   bool            // env is complete already, see completeEnv
 	killAfter time.Duration   // from SIGTERM to SIGKILL
 	hurry     <-chan struct{} // closed: SIGKILL follows SIGTERM at once; nil: never
 
@@ -80,7 +81,7 @@ func (c *command) run(ctx context.Context) (exitStatus, error) {
 	var refused error
 	if c.started != nil {
 		// Before anybody waits for the process: its pid cannot be another's yet, even if it has ended already.
-		if err := c.started(identifyProcess(r.process.Pid)); err != nil {
+		if err := c.started(c.spawn.identify(r.process.Pid)); err != nil {
 			refused = fmt.Errorf("start command: %w", err)
 			r.signal(processGroup.kill)
 		}
@@ -134,14 +135,12 @@ func (c *command) start(ctx context.Context) (*runningCommand, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, entry := range c.env {
-		if strings.IndexByte(entry, 0) >= 0 {
-			name, _, _ := strings.Cut(entry, "=")
-			return nil, execError("start command", fmt.Errorf("%q in its environment holds a NUL byte", name), "")
+	env := c.env
+	if !c.envDone {
+		if env, err = completeEnv(c.env, c.dir); err != nil {
+			return nil, err
 		}
 	}
-	// os/exec knows how to drop what a later entry overrides, by each system's rules, and what Windows must have.
-	env := (&exec.Cmd{Env: c.env, Dir: c.dir}).Environ()
 	for pause := 20 * time.Millisecond; ; pause *= 2 {
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
@@ -166,6 +165,18 @@ func (c *command) start(ctx context.Context) (*runningCommand, error) {
 	}
 }
 
+// completeEnv gives the environment that a command in the folder dir is started with: each name once, and no NUL.
+func completeEnv(env []string, dir string) ([]string, error) {
+	for _, entry := range env {
+		if strings.IndexByte(entry, 0) >= 0 {
+			name, _, _ := strings.Cut(entry, "=")
+			return nil, execError("start command", fmt.Errorf("%q in its environment holds a NUL byte", name), "")
+		}
+	}
+	// os/exec knows how to drop what a later entry overrides, by each system's rules, and what Windows must have.
+	return (&exec.Cmd{Env: env, Dir: dir}).Environ(), nil
+}
+
 // program is the file to execute and its arguments.
 func (c *command) program() (path string, argv []string, err error) {
 	if c.argv == nil {
@@ -174,7 +185,7 @@ func (c *command) program() (path string, argv []string, err error) {
 	if len(c.argv) == 0 {
 		return "", nil, execError("start command", errors.New("it is empty"), "")
 	}
-	if path, err = lookProgram(c.argv[0], c.dir, c.env); err == nil {
+	if path, err = c.spawn.lookProgram(c.argv[0], c.dir, c.env); err == nil {
 		err = checkArguments(path, c.argv[1:])
 	}
 	return path, c.argv, err
@@ -213,7 +224,7 @@ func (c *command) startOnce(path string, argv, env []string) (r *runningCommand,
 	}
 	if c.output != nil {
 		for i, stream := range []outputStream{streamStdout, streamStderr} {
-			read, write, err := os.Pipe()
+			read, write, err := commandPipe()
 			if err != nil {
 				return r, err
 			}

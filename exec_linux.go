@@ -62,3 +62,18 @@ func groupCarries(pgid int, entries []string) bool {
 	})
 	return found
 }
+
+// commandPipe is os.Pipe without the writing end in the care of Go's poller, which the child alone uses: in blocking mode.
+func commandPipe() (read, write *os.File, err error) {
+	var ends [2]int
+	if err := syscall.Pipe2(ends[:], syscall.O_CLOEXEC); err != nil {
+		return nil, nil, os.NewSyscallError("pipe2", err)
+	}
+	write = os.NewFile(uintptr(ends[1]), "output")
+	if err := syscall.SetNonblock(ends[0], true); err != nil {
+		write.Close()
+		syscall.Close(ends[0])
+		return nil, nil, os.NewSyscallError("fcntl", err)
+	}
+	return os.NewFile(uintptr(ends[0]), "output"), write, nil
+}

@@ -4,7 +4,10 @@ package main
 
 // exec_other.go says what Unix systems besides Linux cannot do for commands.
 
-import "syscall"
+import (
+	"os"
+	"syscall"
+)
 
 // dieWithStarter: a command outlives a worker that is killed, and is found by its journal entry.
 func dieWithStarter(*syscall.SysProcAttr) bool { return false }
@@ -16,3 +19,5 @@ func groupMembers(int) (members []string, known bool) { return nil, false }
 
 // groupCarries: other systems do not show a process's environment.
 func groupCarries(int, []string) bool { return false }
+
+func commandPipe() (read, write *os.File, err error) { return os.Pipe() }

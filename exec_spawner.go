@@ -1,48 +1,104 @@
 package main
 
-// exec_spawner.go owns what the commands of one worker share: the thread that starts their processes and the buffers
-// that their output passes through.
+// exec_spawner.go owns what the commands of one worker share: the threads that start their processes, the buffers that
+// their output passes through, and what is found out once for all of them.
 
 import (
 	"os"
 	"runtime"
 	"sync"
+	"time"
 )
 
-// A spawner starts processes from one thread that ends only with the worker. Linux can kill a child when the thread
-// that started it ends; Go's threads come and go, this one stays. A nil spawner starts processes on the spot.
+// A spawner starts processes from threads that end only with the worker. Linux can kill a child when the thread that
+// started it ends; Go's threads come and go, these stay. There are some, since a thread stands still from the fork of a
+// process to its exec. A nil spawner starts processes on the spot.
 type spawner struct {
 	requests chan func()
-	stopped  chan struct{}
+	threads  sync.WaitGroup
 	unbind   func()
 	buffers  sync.Pool // of *[]byte, outputChunkBytes long
+	boot     string    // see bootID
+
+	mu       sync.Mutex // guards programs
+	programs map[programQuestion]programAnswer
 }
 
-// startSpawner starts the thread.
+// A program that was found is taken for the right one for a while: looking it up asks the system for it in each folder of
+// the PATH.
+const programFreshness = time.Second
+
+const maxPrograms = 1000 // that are remembered
+
+type programQuestion struct{ name, dir, searchPath string }
+
+type programAnswer struct {
+	path  string
+	until time.Time
+}
+
+// startSpawner starts the threads.
 func startSpawner() *spawner {
-	s := &spawner{requests: make(chan func()), stopped: make(chan struct{}), unbind: bindCommands()}
-	go s.serve() // ends at close
+	s := &spawner{
+		requests: make(chan func()), unbind: bindCommands(), boot: bootID(), programs: map[programQuestion]programAnswer{},
+	}
+	for range max(2, runtime.NumCPU()) {
+		s.threads.Add(1)
+		go s.serve() // ends at close
+	}
 	return s
 }
 
 // serve never unlocks its thread, which therefore ends with it.
 func (s *spawner) serve() {
-	defer close(s.stopped)
+	defer s.threads.Done()
 	runtime.LockOSThread()
 	for do := range s.requests {
 		do()
 	}
 }
 
-// close ends the thread. Where the system binds children to it, those still running are killed: no command may be
+// close ends the threads. Where the system binds children to it, those still running are killed: no command may be
 // running, and none may be started.
 func (s *spawner) close() {
 	close(s.requests)
-	<-s.stopped
+	s.threads.Wait()
 	s.unbind()
 }
 
-// startProcess is os.StartProcess on the spawner's thread.
+// identify is identifyProcess.
+func (s *spawner) identify(pid int) processIdentity {
+	if s == nil {
+		return identifyProcess(pid)
+	}
+	return processIdentity{PID: pid, Start: processStart(pid), Boot: s.boot}
+}
+
+// lookProgram is lookProgram, with a short memory.
+func (s *spawner) lookProgram(name, dir string, env []string) (string, error) {
+	if s == nil {
+		return lookProgram(name, dir, env)
+	}
+	question, now := programQuestion{name, dir, searchPathOf(env)}, time.Now()
+	s.mu.Lock()
+	known, ok := s.programs[question]
+	s.mu.Unlock()
+	if ok && now.Before(known.until) {
+		return known.path, nil
+	}
+	path, err := lookProgram(name, dir, env)
+	if err == nil {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if len(s.programs) >= maxPrograms {
+			clear(s.programs)
+		}
+		s.programs[question] = programAnswer{path, now.Add(programFreshness)}
+	}
+	return path, err
+}
+
+// startProcess is os.StartProcess on one of the spawner's threads.
 func (s *spawner) startProcess(path string, argv []string, attr *os.ProcAttr) (process *os.Process, err error) {
 	if s == nil || !dieWithStarter(attr.Sys) {
 		return os.StartProcess(path, argv, attr)

@@ -288,3 +288,5 @@ func maxRSS(*os.ProcessState) int64 { return 0 }
 
 // signalName: there are no signals.
 func signalName(*os.ProcessState) string { return "" }
+
+func commandPipe() (read, write *os.File, err error) { return os.Pipe() }

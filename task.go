@@ -98,11 +98,17 @@ func newJobRunner(cfg *Config, job *Job, baseURL string) (*jobRunner, error) {
 		"JOB_ITEM_CREATE_URL":  baseURL + "/job/create",
 		"JOB_ITEM_APP_ID":      cfg.Project,
 	})
-	r := &jobRunner{job: job, template: template}
-	for _, name := range slices.Sorted(maps.Keys(env)) {
-		r.env = append(r.env, name+"="+env[name])
+	for _, entry := range taskEntries("", "", "", 0) { // this worker may have been started by a task itself
+		name, _, _ := strings.Cut(entry, "=")
+		delete(env, name)
 	}
-	return r, nil
+	var entries []string
+	for _, name := range slices.Sorted(maps.Keys(env)) {
+		entries = append(entries, name+"="+env[name])
+	}
+	r := &jobRunner{job: job, template: template}
+	r.env, err = completeEnv(entries, job.WorkingDir)
+	return r, err
 }
 
 // taskEnv is the environment of one attempt at one task (PROTOCOL section 6, item 4).
@@ -111,13 +117,18 @@ func (r *jobRunner) taskEnv(cfg *Config, baseURL, id string, attempt int) []stri
 	if host == "" {
 		host = baseURL
 	}
-	return append(slices.Clip(r.env),
-		"JOB_ITEM_TASK_ID="+id,
-		"JOB_ITEM_ATTEMPT="+strconv.Itoa(attempt),
-		"JOB_MANAGER_RESULT_URL="+host+"/api/worker/job_record/result/"+id,
-		"JOB_MANAGER_UPLOAD_FILE="+host+"/api/worker/job_record/file/"+id,
-		"JOB_ITEM_MSG_NOTIF_HOST="+baseURL+"/msg/notif/"+id,
-	)
+	return append(slices.Clip(r.env), taskEntries(host, baseURL, id, attempt)...)
+}
+
+// taskEntries are those of the environment that differ between tasks.
+func taskEntries(host, baseURL, id string, attempt int) []string {
+	return []string{
+		"JOB_ITEM_TASK_ID=" + id,
+		"JOB_ITEM_ATTEMPT=" + strconv.Itoa(attempt),
+		"JOB_MANAGER_RESULT_URL=" + host + "/api/worker/job_record/result/" + id,
+		"JOB_MANAGER_UPLOAD_FILE=" + host + "/api/worker/job_record/file/" + id,
+		"JOB_ITEM_MSG_NOTIF_HOST=" + baseURL + "/msg/notif/" + id,
+	}
 }
 
 // An attempt is how one run of a task ended.
@@ -248,7 +259,7 @@ func (w *worker) runCommand(ctx context.Context, t *task, with *setup) (a attemp
 	tail := &tailBuffer{limit: stderrTailBytes}
 	c := command{
 		argv: rendered.argv, line: rendered.line, dir: runner.job.WorkingDir,
-		env:       runner.taskEnv(with.cfg, w.baseURL, t.id, t.attempts+1),
+		env: runner.taskEnv(with.cfg, w.baseURL, t.id, t.attempts+1), envDone: true,
 		killAfter: with.cfg.KillAfter, hurry: w.hurry, spawn: w.spawner,
 		started: func(p processIdentity) error {
 			if err := w.taskRuns(t, p); err != nil {
