@@ -12,6 +12,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -81,14 +82,16 @@ func (c *command) run(ctx context.Context) (exitStatus, error) {
 	var refused error
 	if c.started != nil {
 		// Before anybody waits for the process: its pid cannot be another's yet, even if it has ended already.
-		if err := c.started(c.spawn.identify(r.process.Pid)); err != nil {
+		if err := c.started(r.identity); err != nil {
 			refused = fmt.Errorf("start command: %w", err)
 			r.signal(processGroup.kill)
 		}
 	}
-	go r.wait() // ends when the process has
 	for _, reader := range r.readers {
 		go reader.copy(c.spawn, c.output) // ends at the end of its pipe, or some time after finish
+	}
+	if !r.endsSoon(ctx) {
+		go r.wait() // ends when the process has
 	}
 
 	stopped, killAt := r.await(ctx, c.killAfter, c.hurry)
@@ -118,6 +121,7 @@ func (c *command) run(ctx context.Context) (exitStatus, error) {
 // A runningCommand is a command between its start and its end.
 type runningCommand struct {
 	process     *os.Process
+	identity    processIdentity
 	group       processGroup
 	readers     []*outputReader
 	stdinPipe   *os.File      // our end of it, when stdin is copied
@@ -235,7 +239,7 @@ func (c *command) startOnce(path string, argv, env []string) (r *runningCommand,
 	}
 
 	attr := &os.ProcAttr{Dir: c.dir, Env: env, Files: files, Sys: groupAttributes(c)}
-	if r.process, err = c.spawn.startProcess(path, argv, attr); err != nil {
+	if r.process, r.identity, err = c.spawn.startProcess(path, argv, attr); err != nil {
 		return r, err
 	}
 	if r.group, err = openGroup(r.process); err != nil {
@@ -266,19 +270,56 @@ func (r *runningCommand) copyStdin(stdin io.Reader) {
 	io.Copy(r.stdinPipe, stdin) // an error here is a command that stopped reading, which is its own business
 }
 
+// soon is how long a command may run before a thread waits for its end.
+const soon = 5 * time.Millisecond
+
+// endsSoon reaps a command that is over soon, as most are, without a thread that stands still for it meanwhile.
+func (r *runningCommand) endsSoon(ctx context.Context) bool {
+	if len(r.readers) == 0 {
+		return false
+	}
+	timer := time.NewTimer(soon)
+	defer timer.Stop()
+	for _, reader := range r.readers {
+		select {
+		case <-reader.done:
+		case <-timer.C:
+			return false
+		case <-ctx.Done():
+			return false
+		}
+	}
+	// It has closed its output, and if it was by ending, it is as good as gone.
+	for range 3 {
+		if hasEnded(r.process.Pid) {
+			r.reap()
+			close(r.exited)
+			return true
+		}
+		runtime.Gosched()
+	}
+	return false
+}
+
+// reap waits for a process that has ended. Nobody signals it meanwhile.
+func (r *runningCommand) reap() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.state, _ = r.process.Wait()
+	r.reaped = true
+}
+
 // wait reaps the process. From then on its number may become another's, so that happens where nobody signals it.
 func (r *runningCommand) wait() {
 	defer close(r.exited)
-	ended := awaitExit(r.process.Pid)
-	if ended {
-		r.mu.Lock()
+	if awaitExit(r.process.Pid) {
+		r.reap()
+		return
 	}
-	state, _ := r.process.Wait()
-	if !ended {
-		r.mu.Lock() // the system could not say it beforehand, and Wait may have lasted
-	}
+	state, _ := r.process.Wait() // the system could not say it beforehand, and this may last
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.state, r.reaped = state, true
-	r.mu.Unlock()
 }
 
 func (r *runningCommand) endState() *os.ProcessState {

@@ -7,7 +7,9 @@ import (
 	"io"
 	"os"
 	"strconv"
+	"sync/atomic"
 	"syscall"
+	"time"
 	"unsafe"
 )
 
@@ -17,21 +19,66 @@ func dieWithStarter(attr *syscall.SysProcAttr) bool {
 	return true
 }
 
+// hasEnded reports whether a child has ended, and leaves it to be waited for.
+func hasEnded(pid int) bool { return waitID(pid, syscall.WNOHANG) }
+
 // awaitExit returns true when a child has ended and leaves it to be waited for: until then its number stays its own.
-func awaitExit(pid int) bool {
+func awaitExit(pid int) bool { return waitID(pid, 0) }
+
+// waitID is waitid(2) for the end of a child, which is left as it is. It reports whether the child has ended.
+func waitID(pid int, options uintptr) bool {
 	const (
-		idIsPID = 1          // P_PID
-		exited  = 0x00000004 // WEXITED
-		noWait  = 0x01000000 // WNOWAIT
+		idIsPID = 1 // P_PID
+		exited  = syscall.WEXITED
+		noWait  = syscall.WNOWAIT
 	)
-	var info [128]byte // siginfo_t
 	for {
+		var info childInfo
 		_, _, errno := syscall.Syscall6(syscall.SYS_WAITID,
-			idIsPID, uintptr(pid), uintptr(unsafe.Pointer(&info)), exited|noWait, 0, 0)
+			idIsPID, uintptr(pid), uintptr(unsafe.Pointer(&info)), exited|noWait|options, 0, 0)
 		if errno != syscall.EINTR {
-			return errno == 0
+			return errno == 0 && info.pid != 0
 		}
 	}
+}
+
+// A bootClock tells when a process was born without asking /proc: in the ticks since boot that /proc has, from before and
+// after its start.
+type bootClock struct {
+	trusted atomic.Bool // it has agreed with /proc once
+	failed  atomic.Bool // it has not
+}
+
+const bootTick = 10 * time.Millisecond // 1/USER_HZ
+
+// now is in ticks since boot.
+func (*bootClock) now() int64 {
+	const sinceBoot = 7 // CLOCK_BOOTTIME
+	var at syscall.Timespec
+	_, _, errno := syscall.RawSyscall(syscall.SYS_CLOCK_GETTIME, sinceBoot, uintptr(unsafe.Pointer(&at)), 0)
+	if errno != 0 {
+		return -1
+	}
+	return at.Nano() / int64(bootTick)
+}
+
+// born is the birth of a process that was started since before.
+func (b *bootClock) born(pid int, before int64) string {
+	after := b.now()
+	if before < 0 || before != after || b.failed.Load() {
+		return processStart(pid)
+	}
+	tick := strconv.FormatInt(before, 10)
+	if b.trusted.Load() {
+		return tick
+	}
+	start := processStart(pid)
+	if start == tick {
+		b.trusted.Store(true)
+	} else {
+		b.failed.Store(true)
+	}
+	return start
 }
 
 // groupMembers describes the processes of a group that are alive. known is false where /proc cannot be read.

@@ -19,6 +19,7 @@ type spawner struct {
 	unbind   func()
 	buffers  sync.Pool // of *[]byte, outputChunkBytes long
 	boot     string    // see bootID
+	clock    bootClock
 
 	mu       sync.Mutex // guards programs
 	programs map[programQuestion]programAnswer
@@ -66,14 +67,6 @@ func (s *spawner) close() {
 	s.unbind()
 }
 
-// identify is identifyProcess.
-func (s *spawner) identify(pid int) processIdentity {
-	if s == nil {
-		return identifyProcess(pid)
-	}
-	return processIdentity{PID: pid, Start: processStart(pid), Boot: s.boot}
-}
-
 // lookProgram is lookProgram, with a short memory.
 func (s *spawner) lookProgram(name, dir string, env []string) (string, error) {
 	if s == nil {
@@ -98,18 +91,33 @@ func (s *spawner) lookProgram(name, dir string, env []string) (string, error) {
 	return path, err
 }
 
-// startProcess is os.StartProcess on one of the spawner's threads.
-func (s *spawner) startProcess(path string, argv []string, attr *os.ProcAttr) (process *os.Process, err error) {
-	if s == nil || !dieWithStarter(attr.Sys) {
-		return os.StartProcess(path, argv, attr)
+// startProcess is os.StartProcess and identifyProcess on one of the spawner's threads.
+func (s *spawner) startProcess(path string, argv []string, attr *os.ProcAttr) (process *os.Process, id processIdentity, err error) {
+	if s == nil {
+		if process, err = os.StartProcess(path, argv, attr); err == nil {
+			id = identifyProcess(process.Pid)
+		}
+		return process, id, err
+	}
+	if !dieWithStarter(attr.Sys) {
+		return s.startHere(path, argv, attr)
 	}
 	started := make(chan struct{})
 	s.requests <- func() {
-		process, err = os.StartProcess(path, argv, attr)
+		process, id, err = s.startHere(path, argv, attr)
 		close(started)
 	}
 	<-started
-	return process, err
+	return process, id, err
+}
+
+func (s *spawner) startHere(path string, argv []string, attr *os.ProcAttr) (*os.Process, processIdentity, error) {
+	before := s.clock.now()
+	process, err := os.StartProcess(path, argv, attr)
+	if err != nil {
+		return nil, processIdentity{}, err
+	}
+	return process, processIdentity{PID: process.Pid, Start: s.clock.born(process.Pid, before), Boot: s.boot}, nil
 }
 
 // buffer takes a buffer of outputChunkBytes for one stream.

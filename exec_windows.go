@@ -174,6 +174,8 @@ func (g processGroup) close() { syscall.CloseHandle(g.job) }
 // dieWithStarter: the job object sees to it.
 func dieWithStarter(*syscall.SysProcAttr) bool { return false }
 
+func hasEnded(int) bool { return false }
+
 func awaitExit(int) bool { return false }
 
 // readReady: there are no deadlines on pipes here, after which it would be asked for.
@@ -290,3 +292,10 @@ func maxRSS(*os.ProcessState) int64 { return 0 }
 func signalName(*os.ProcessState) string { return "" }
 
 func commandPipe() (read, write *os.File, err error) { return os.Pipe() }
+
+// A bootClock is Linux's.
+type bootClock struct{}
+
+func (*bootClock) now() int64 { return 0 }
+
+func (*bootClock) born(pid int, _ int64) string { return processStart(pid) }

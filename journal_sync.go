@@ -10,9 +10,14 @@ import (
 	"time"
 )
 
+// syncPace is the least time from one sync to the next when several wait at once: each sync costs the disk, and the host,
+// much the same however many it serves.
+const syncPace = 2 * time.Millisecond
+
 // A syncBatch is everything that one sync makes durable, and those who wait for it.
 type syncBatch struct {
 	done     chan struct{}
+	waiting  int
 	err      error    // once done is closed
 	accepted []string // tasks to be forgotten if it fails
 }
@@ -31,15 +36,21 @@ func (j *journal) joinBatch() *syncBatch {
 		default: // it is awake
 		}
 	}
+	j.batch.waiting++
 	return j.batch
 }
 
 // syncLoop ends, after a last sync, when quit is closed.
 func (j *journal) syncLoop() {
+	var last time.Time // when the last sync began
+	crowded := false   // several waited for it
 	for {
 		idle := false
 		select {
 		case <-j.wake:
+			if crowded {
+				j.awaitCrowd(last.Add(syncPace))
+			}
 		case <-j.lazy.C:
 			idle = true // under load, syncs for those who wait push this ahead of them
 		case <-j.retry.C:
@@ -49,11 +60,27 @@ func (j *journal) syncLoop() {
 			j.sync()
 			return
 		}
-		if j.sync() != nil {
+		last = time.Now()
+		waited, err := j.sync()
+		if crowded = waited > 1; err != nil {
 			j.recover()
 		} else {
 			j.considerCompaction(idle)
 		}
+	}
+}
+
+// awaitCrowd waits until then, unless the journal is closed.
+func (j *journal) awaitCrowd(until time.Time) {
+	pause := time.Until(until)
+	if pause <= 0 {
+		return
+	}
+	timer := time.NewTimer(pause)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-j.quit:
 	}
 }
 
@@ -67,8 +94,8 @@ func (j *journal) considerCompaction(idle bool) {
 	}
 }
 
-// sync makes durable all that has been written until now. Only syncLoop calls it.
-func (j *journal) sync() error {
+// sync makes durable all that has been written until now, and gives how many waited for it. Only syncLoop calls it.
+func (j *journal) sync() (waited int, err error) {
 	j.mu.Lock()
 	batch, segments, folder := j.batch, j.unsynced, j.folderDirty
 	j.batch, j.unsynced, j.folderDirty = nil, nil, false
@@ -78,7 +105,6 @@ func (j *journal) sync() error {
 	j.mu.Unlock()
 
 	begun := time.Now()
-	var err error
 	for _, s := range segments {
 		if err == nil {
 			err = s.file.Sync()
@@ -105,9 +131,10 @@ func (j *journal) sync() error {
 		}
 	}
 	if batch != nil {
+		waited = batch.waiting
 		j.settle(batch, err)
 	}
-	return err
+	return waited, err
 }
 
 // settle tells those who wait how the sync went. It needs mu.
