@@ -253,11 +253,22 @@ func (x *recordIndex) forget(e *indexEntry) {
 
 // storedLine is a finished task as a line of the file.
 func storedLine(rec record, data []byte) ([]byte, error) {
+	stored := storedRecord{record: rec, Data: data}
+	apart := len(data) > 0 && bytes.IndexByte(data, '\n') < 0 // it is JSON in one line, and need not be looked at again
+	if apart {
+		stored.Data = nil
+	}
 	var line bytes.Buffer
 	encoder := json.NewEncoder(&line)
 	encoder.SetEscapeHTML(false)
-	if err := encoder.Encode(storedRecord{record: rec, Data: data}); err != nil {
+	if err := encoder.Encode(stored); err != nil {
 		return nil, fmt.Errorf("encode record of task %s: %w", rec.TaskID, err)
+	}
+	if apart {
+		line.Truncate(line.Len() - len("}\n"))
+		line.WriteString(`,"data":`)
+		line.Write(data)
+		line.WriteString("}\n")
 	}
 	return line.Bytes(), nil
 }

@@ -131,7 +131,7 @@ func TestRecordsOfOneTask(t *testing.T) {
 		if got := logOf(t, r, id); got != "one\ntwo\n" {
 			t.Errorf("log = %q", got)
 		}
-		if data, err := r.data(id); string(data) != `{"n":12345678901234567890,"t":"<&>"}` || err != nil {
+		if data, err := r.data(id); string(data) != `{"n": 12345678901234567890, "t": "<&>"}` || err != nil {
 			t.Errorf("data = %s, %v", data, err)
 		}
 		file, err := r.openFile(id, "a.txt")
