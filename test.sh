@@ -86,5 +86,5 @@ if [ "$FUZZTIME" != 0s ]; then
 fi
 
 say "go test -race"
-go test -race -timeout 20m -parallel 4 ./... # those that run side by side mostly wait
+go test -race -timeout 20m -parallel 6 ./... # those that run side by side mostly wait
 say "all passed"
