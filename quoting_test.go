@@ -228,14 +228,15 @@ func TestQuoteCmd(t *testing.T) {
 	}
 }
 
-// FuzzTemplate puts a value into a template and compares what the shell makes of it with what it makes of a harmless
-// word in the same place: nothing but that word may differ. The pieces around the value are cut down to what opens and
+// FuzzTemplate puts a value into a template, compares how it is rendered with a library's way, and compares what the
+// shell makes of it with what it makes of a harmless word in the same place: nothing but that word may differ. The pieces around the value are cut down to what opens and
 // closes places in a command line, so that they can name no program; the shell has no PATH.
 func FuzzTemplate(f *testing.F) {
 	for _, seed := range [][3]string{
 		{"", "", "x"}, {`"`, `"`, "$(0)"}, {"'", "'", "'"}, {"$", "", "'"}, {`\`, "", "'"}, {"$((", "))", "0"}, {"${0:-", "}", "'"}, {"`", "`", ";"},
 		{"# '", "\n'", "\n0"}, {`"${0:-"`, `"}"`, "$(0)"}, {"$'\\'", "'", "';0;'"}, {"[", "]", "]"}, {"{", "}", ","}, {`"$`, `"`, "{0}"}, {"\\\n", "", "#"}, {"$(#)\n)", "", ")"},
 		{"0;0 ", ";0", "\n"}, {"((0)) ", "", "))"}, {"$(0) `0` ", " $0", "`"},
+		{"{{#x}}\n", "\n {{/x}}\n{{^x.y}}{{/x.y}}", ""}, {"{{=<% %>=}}<%{x}%>", "<%! %>", ""},
 	} {
 		f.Add(seed[0], seed[1], seed[2])
 	}
@@ -251,6 +252,7 @@ func FuzzTemplate(f *testing.F) {
 				t.Fatalf("render(%q) = %v, without a code", before+"{{x}}"+after, err)
 			}
 		}
+		compareMustache(t, before+"{{x}}"+after, `{"x":[{"y":"z"},0]}`)
 		var decoded struct{ X string }
 		if err := json.Unmarshal(data, &decoded); err != nil {
 			t.Fatal(err)

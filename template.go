@@ -1,8 +1,9 @@
 package main
 
-// template.go turns a job's cmd and a task's data into a command (PROTOCOL section 6, item 3). It owns the Mustache
-// side: tags, and values that stay recognisable in the text they are put into. What a template sees of the data is in
-// template_data.go; where a value may stand in a command line and how it is quoted there, in quoting.go and quoting_cmd.go.
+// template.go turns a job's cmd and a task's data into a command (PROTOCOL section 6, item 3). It checks templates and
+// fills them with values that stay recognisable in the text they are put into. The tags are read in mustache.go; what a
+// template sees of the data is in template_data.go; where a value may stand in a command line and how it is quoted there,
+// in quoting.go and quoting_cmd.go.
 
 import (
 	"encoding/json"
@@ -10,13 +11,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
-
-	"github.com/cbroglie/mustache"
 )
-
-// The library has this one switch for all templates, and its default would turn a missing variable into an empty
-// argument. Nothing else in the program uses the library.
-func init() { mustache.AllowMissingVariables = false }
 
 // A shellKind is the way a command line is read.
 type shellKind int
@@ -37,9 +32,9 @@ const (
 
 // A commandTemplate is a parsed and checked cmd. It may be used concurrently.
 type commandTemplate struct {
-	parsed *mustache.Template
-	shell  shellKind
-	names  map[string]bool // every part of every tag's name: other members of the data are skipped
+	nodes []mustacheNode
+	shell shellKind
+	names map[string]bool // every part of every tag's name: other members of the data are skipped
 
 	firstWord string // for program
 	firstIs   bool
@@ -71,39 +66,23 @@ func (t *commandTemplate) parse(text string) (err error) {
 	if strings.TrimSpace(text) == "" {
 		return errors.New("it is empty")
 	}
-	// Raw: shells know nothing of HTML's &quot;. The provider keeps the library from reading partials from files.
-	if t.parsed, err = mustache.ParseStringPartialsRaw(text, noPartials{}, true); err != nil {
+	if t.nodes, err = parseMustache(text); err != nil {
 		return err
 	}
-	return t.takeNames(t.parsed.Tags())
-}
-
-// takeNames collects the parts of all names, and refuses tags that a command cannot have.
-func (t *commandTemplate) takeNames(tags []mustache.Tag) error {
-	for _, tag := range tags {
-		if tag.Type() == mustache.Partial {
-			return fmt.Errorf("{{>%s}} is a partial, which commands do not have", tag.Name())
-		}
-		if tag.Name() == "" {
-			return errors.New("it has a tag without a name")
-		}
-		for _, part := range strings.Split(tag.Name(), ".") {
-			t.names[part] = true
-		}
-		if tag.Type() != mustache.Variable {
-			if err := t.takeNames(tag.Tags()); err != nil {
-				return err
-			}
-		}
-	}
+	t.takeNames(t.nodes)
 	return nil
 }
 
-// noPartials stands in for the library's provider, which would read files.
-type noPartials struct{}
-
-func (noPartials) Get(name string) (string, error) {
-	return "", fmt.Errorf("there is no partial %q", name)
+// takeNames collects the parts of all names.
+func (t *commandTemplate) takeNames(nodes []mustacheNode) {
+	for _, node := range nodes {
+		if node.kind != mustacheText {
+			for _, part := range strings.Split(node.text, ".") {
+				t.names[part] = true
+			}
+			t.takeNames(node.body)
+		}
+	}
 }
 
 // tryOut fills the template with values that are their variables' names, so that a tag at a bad place is found when the
@@ -111,15 +90,15 @@ func (noPartials) Get(name string) (string, error) {
 // once with both as far as their names allow.
 func (t *commandTemplate) tryOut() error {
 	shown := map[string]bool{}
-	takeSections(t.parsed.Tags(), shown)
+	takeSections(t.nodes, shown)
 	empty := true
 	for i, on := range []func(string) bool{
 		func(string) bool { return true },
 		func(string) bool { return false },
 		func(name string) bool { return shown[name] },
 	} {
-		probe := object{ownText: frame(".")}
-		addProbes(probe, t.parsed.Tags(), on)
+		probe := objectNamed(".")
+		addProbes(probe, t.nodes, on)
 		filled, err := t.fill(probe)
 		if err != nil {
 			continue // sections that contradict each other; the real data decides
@@ -144,42 +123,42 @@ func (t *commandTemplate) tryOut() error {
 	return nil
 }
 
-func takeSections(tags []mustache.Tag, names map[string]bool) {
-	for _, tag := range tags {
-		if tag.Type() == mustache.Section {
-			names[tag.Name()] = true
+func takeSections(nodes []mustacheNode, names map[string]bool) {
+	for _, node := range nodes {
+		if node.kind == mustacheSection {
+			names[node.text] = true
 		}
-		if tag.Type() != mustache.Variable {
-			takeSections(tag.Tags(), names)
-		}
+		takeSections(node.body, names)
 	}
 }
 
 // addProbes gives every tag a value in context that is the tag's own name; sections are shown where on says so.
-func addProbes(context object, tags []mustache.Tag, on func(name string) bool) {
-	for _, tag := range tags {
+func addProbes(context *object, nodes []mustacheNode, on func(name string) bool) {
+	for _, node := range nodes {
+		if node.kind == mustacheText {
+			continue
+		}
 		inner := context
-		if tag.Type() == mustache.Variable || on(tag.Name()) {
-			inner = probeAt(context, tag.Name())
-		} else if _, taken := context[tag.Name()]; !taken {
-			context[tag.Name()] = emptyList(frame(tag.Name()))
+		if node.kind == mustacheVariable || on(node.text) {
+			inner = probeAt(context, node.text)
+		} else if _, taken := context.members[node.text]; !taken {
+			context.members[node.text] = hidden(frame(node.text))
 		}
-		if tag.Type() != mustache.Variable {
-			addProbes(inner, tag.Tags(), on)
-		}
+		addProbes(inner, node.body, on)
 	}
 }
 
 // probeAt is the probe at a dotted name below context, made where it is missing.
-func probeAt(context object, name string) object {
+func probeAt(context *object, name string) *object {
 	if name == "." {
 		return context
 	}
-	for i, part := range strings.Split(name, ".") {
-		member, ok := context[part].(object)
+	parts := strings.Split(name, ".")
+	for i, part := range parts {
+		member, ok := context.members[part].(*object)
 		if !ok {
-			member = object{ownText: frame(strings.Join(strings.Split(name, ".")[:i+1], "."))}
-			context[part] = member
+			member = objectNamed(strings.Join(parts[:i+1], "."))
+			context.members[part] = member
 		}
 		context = member
 	}
@@ -197,15 +176,12 @@ func (t *commandTemplate) render(taskID string, data json.RawMessage) (renderedC
 		return renderedCommand{}, fail(codeTemplateData, "read the task's data", err)
 	}
 	filled, err := t.fill(values)
-	if errors.Is(err, errCommandTooLong) {
-		return renderedCommand{}, fail(codeTemplateData, "fill the command", err)
+	var missing missingVariable
+	if errors.As(err, &missing) {
+		return renderedCommand{}, fail(codeTemplateMissing, fmt.Sprintf("the task's data has no %q, which the command needs", string(missing)), nil)
 	}
 	if err != nil {
-		missing := missingName(t.parsed.Tags(), []any{values})
-		if missing == "" {
-			missing = err.Error()
-		}
-		return renderedCommand{}, fail(codeTemplateMissing, fmt.Sprintf("the task's data has no %q, which the command needs", missing), nil)
+		return renderedCommand{}, fail(codeTemplateData, "fill the command", err)
 	}
 	quoted, misplaced, err := quoteCommand(filled, t.shell, false)
 	if err != nil {
@@ -284,31 +260,27 @@ func nthValue(filled string, n int) string {
 }
 
 // fill renders the template over framed values.
-func (t *commandTemplate) fill(values object) (string, error) {
-	var text boundedText
-	if err := t.parsed.FRender(&text, values); err != nil {
+func (t *commandTemplate) fill(values *object) (string, error) {
+	var filled boundedText
+	if err := renderMustache(t.nodes, &scope{value: values}, &filled); err != nil {
 		return "", err
 	}
-	return string(text.bytes), text.err
+	return string(filled.bytes), nil
 }
 
 var errCommandTooLong = fmt.Errorf("it is longer than %d bytes or repeats too much", maxCommandBytes)
 
-// boundedText takes what the library writes. The library ignores errors of values but not of the text between them, so
-// an error stays. Calls are counted too, since sections within sections over long lists can turn for ever and write nothing.
+// boundedText takes what a template writes. Writes are counted too, since sections within sections over long lists can
+// turn for ever and write nothing.
 type boundedText struct {
-	bytes []byte
-	calls int
-	err   error
+	bytes  []byte
+	writes int
 }
 
-func (b *boundedText) Write(p []byte) (int, error) {
-	if b.calls++; len(b.bytes)+len(p) > maxCommandBytes || b.calls > maxTemplateWrites {
-		b.err = errCommandTooLong
+func (b *boundedText) write(text string) error {
+	if b.writes++; len(b.bytes)+len(text) > maxCommandBytes || b.writes > maxTemplateWrites {
+		return errCommandTooLong
 	}
-	if b.err != nil {
-		return 0, b.err
-	}
-	b.bytes = append(b.bytes, p...)
-	return len(p), nil
+	b.bytes = append(b.bytes, text...)
+	return nil
 }

@@ -8,54 +8,65 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"strconv"
 	"strings"
-
-	"github.com/cbroglie/mustache"
 )
 
-// The data as the library sees it. It calls exported methods without arguments by name, walks struct fields, and decides
-// by kind whether a section is shown; so a value is one of these, and none has a method that a template could call:
+// A value of the data is one of these:
 //
-//	string   a frame that a section shows: its first byte is a NUL, which the library does not take for white space
-//	list     a list, or, empty, a value that a section does not show: null, false, "", 0
-//	object   an object; a section shows it even when it has no members
+//	string   a frame that a section shows
+//	hidden   a frame that a section does not show: null, false, "", 0
+//	*list    a section shows it once for each of its values
+//	*object  a section shows it even when it has no members
 
-type object map[string]any
-type list []any
+type hidden string
 
-// ownText is where an object keeps its own text: JSON, or a ready frame. No tag can name it.
-const ownText = "\x00"
-
-// Format writes the object's frame, for the library's fmt.Fprint.
-func (o object) Format(out fmt.State, _ rune) {
-	o[ownText] = frameOf(o[ownText])
-	io.WriteString(out, o[ownText].(string))
+type list struct {
+	values []any
+	text   ownText
 }
 
-// Format writes the list's frame. The list keeps its text in the element after its last.
-func (l list) Format(out fmt.State, _ rune) {
-	text := &l[:len(l)+1][len(l)]
-	*text = frameOf(*text)
-	io.WriteString(out, (*text).(string))
+type object struct {
+	members map[string]any
+	text    ownText
 }
 
-func emptyList(text string) list { return append(list(nil), text)[:0] }
+// objectNamed is an object without members whose text is its name.
+func objectNamed(name string) *object {
+	return &object{members: map[string]any{}, text: ownText{framed: frame(name)}}
+}
 
-// frameOf frames JSON in its compact form; the result is kept, so that a long text is not compacted for each use.
-func frameOf(text any) string {
-	raw, ok := text.(json.RawMessage)
-	if !ok {
-		return text.(string)
+// ownText is what a list or an object reads as: its JSON, framed in its compact form when it is first asked for and kept,
+// so that a long text is not compacted for each use.
+type ownText struct {
+	json   json.RawMessage
+	framed string
+}
+
+func (t *ownText) frame() string {
+	if t.framed == "" {
+		var compact bytes.Buffer
+		json.Compact(&compact, t.json) // it was valid when it was decoded
+		t.framed = frame(compact.String())
 	}
-	var compact bytes.Buffer
-	json.Compact(&compact, raw) // it was valid when it was decoded
-	return frame(compact.String())
+	return t.framed
+}
+
+// textOf is a value's frame.
+func textOf(value any) string {
+	switch value := value.(type) {
+	case *list:
+		return value.text.frame()
+	case *object:
+		return value.text.frame()
+	case hidden:
+		return string(value)
+	}
+	return value.(string)
 }
 
 // decode reads the members that the template names. With naming, every value is its own path, for error messages.
-func (t *commandTemplate) decode(taskID string, data json.RawMessage, naming bool) (object, error) {
+func (t *commandTemplate) decode(taskID string, data json.RawMessage, naming bool) (*object, error) {
 	if len(data) == 0 {
 		data = json.RawMessage("{}")
 	}
@@ -69,20 +80,15 @@ func (t *commandTemplate) decode(taskID string, data json.RawMessage, naming boo
 	if err != nil {
 		return nil, err
 	}
-	root, ok := value.(object)
+	root, ok := value.(*object)
 	if !ok {
 		// Data that is no object has no members; {{.}} is still its text.
-		root = object{ownText: json.RawMessage(data)}
-		if text, ok := value.(string); ok {
-			root[ownText] = text
-		} else if l := value.(list); len(l) == 0 {
-			root[ownText] = l[:1][0]
-		}
+		root = &object{members: map[string]any{}, text: ownText{framed: textOf(value)}}
 	}
 	if naming {
 		taskID = "task_id"
 	}
-	root["task_id"] = frame(taskID)
+	root.members["task_id"] = frame(taskID)
 	return root, nil
 }
 
@@ -123,7 +129,7 @@ func (d *dataDecoder) value(path string) (any, error) {
 }
 
 func (d *dataDecoder) object(start int64, path string) (any, error) {
-	o := object{}
+	members := map[string]any{}
 	for d.json.More() {
 		key, err := d.json.Token()
 		if err != nil {
@@ -133,7 +139,7 @@ func (d *dataDecoder) object(start int64, path string) (any, error) {
 		if !d.wanted[name] {
 			err = d.json.Decode(&d.skipped)
 		} else {
-			o[name], err = d.value(d.below(path, name))
+			members[name], err = d.value(d.below(path, name))
 		}
 		if err != nil {
 			return nil, err
@@ -142,42 +148,41 @@ func (d *dataDecoder) object(start int64, path string) (any, error) {
 	if _, err := d.json.Token(); err != nil {
 		return nil, err
 	}
-	o[ownText] = d.textFrom(start, path)
-	return o, nil
+	return &object{members, d.textFrom(start, path)}, nil
 }
 
 func (d *dataDecoder) list(start int64, path string) (any, error) {
-	var l list
+	var values []any
 	for d.json.More() {
-		element, err := d.value(d.below(path, "#"+strconv.Itoa(len(l)+1)))
+		element, err := d.value(d.below(path, "#"+strconv.Itoa(len(values)+1)))
 		if err != nil {
 			return nil, err
 		}
-		l = append(l, element)
+		values = append(values, element)
 	}
 	if _, err := d.json.Token(); err != nil {
 		return nil, err
 	}
-	return append(l, d.textFrom(start, path))[:len(l)], nil
+	return &list{values, d.textFrom(start, path)}, nil
 }
 
-func (d *dataDecoder) scalar(text string, hidden bool, path string) any {
+func (d *dataDecoder) scalar(text string, isHidden bool, path string) any {
 	if d.naming {
 		text = path
 	}
-	if hidden {
-		return emptyList(frame(text))
+	if isHidden {
+		return hidden(frame(text))
 	}
 	return frame(text)
 }
 
 // textFrom is the text of the object or list that has just ended: its JSON, or its path.
-func (d *dataDecoder) textFrom(start int64, path string) any {
+func (d *dataDecoder) textFrom(start int64, path string) ownText {
 	if d.naming {
-		return frame(path)
+		return ownText{framed: frame(path)}
 	}
 	// Between the token before and this one there is only white space, a colon or a comma.
-	return json.RawMessage(bytes.TrimLeft(d.source[start:d.json.InputOffset()], " \t\r\n:,"))
+	return ownText{json: bytes.TrimLeft(d.source[start:d.json.InputOffset()], " \t\r\n:,")}
 }
 
 func (d *dataDecoder) below(path, name string) string {
@@ -194,52 +199,4 @@ func (d *dataDecoder) below(path, name string) string {
 func isZero(n json.Number) bool {
 	digits, _, _ := strings.Cut(strings.ToLower(n.String()), "e")
 	return !strings.ContainsAny(digits, "123456789")
-}
-
-// missingName is the first variable that rendering would not find, "" if there is none. The library's own message has
-// only a part of a dotted name.
-func missingName(tags []mustache.Tag, contexts []any) string {
-	for _, tag := range tags {
-		value, found := lookUp(contexts, tag.Name())
-		if tag.Type() == mustache.Variable {
-			if !found {
-				return tag.Name()
-			}
-			continue
-		}
-		elements, isList := value.(list)
-		shown := found && !(isList && len(elements) == 0)
-		switch {
-		case shown != (tag.Type() == mustache.Section):
-			continue
-		case !shown:
-			elements = list{contexts[0]}
-		case !isList:
-			elements = list{value}
-		}
-		for _, element := range elements {
-			if name := missingName(tag.Tags(), append([]any{element}, contexts...)); name != "" {
-				return name
-			}
-		}
-	}
-	return ""
-}
-
-// lookUp finds a name as the library does: the first part in the innermost context that has it, the rest below that.
-func lookUp(contexts []any, name string) (any, bool) {
-	if name == "." {
-		return contexts[0], true
-	}
-	first, rest, dotted := strings.Cut(name, ".")
-	for _, context := range contexts {
-		o, _ := context.(object)
-		if value, found := o[first]; found {
-			if dotted {
-				return lookUp([]any{value}, rest)
-			}
-			return value, true
-		}
-	}
-	return nil, false
 }
