@@ -166,6 +166,9 @@ func libraryParse(text string) (*mustache.Template, error) {
 // a {{ {x}} is refused here and left out silently there.
 func compareMustache(t *testing.T, text, data string) (rendered bool) {
 	t.Helper()
+	if strings.Contains(text, "\x00") {
+		return false // commands have none; here it is the name of an object's own text
+	}
 	ours := commandTemplate{names: map[string]bool{}}
 	nodes, parseErr := parseMustache(text)
 	if parseErr != nil && strings.Contains(parseErr.Error(), "has a { that is not closed") {
@@ -287,7 +290,7 @@ func (m *templateMaker) data(depth int) any {
 
 func TestMustacheLikeLibrary(t *testing.T) {
 	t.Parallel() // beside those that wait
-	const runs = 20000
+	const runs = 10000
 	seed := rand.Uint64()
 	t.Cleanup(func() {
 		if t.Failed() {
