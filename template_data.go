@@ -67,6 +67,12 @@ func textOf(value any) string {
 
 // decode reads the members that the template names. With naming, every value is its own path, for error messages.
 func (t *commandTemplate) decode(taskID string, data json.RawMessage, naming bool) (*object, error) {
+	if naming {
+		taskID = "task_id"
+	}
+	if !t.namesData() {
+		return &object{members: map[string]any{"task_id": frame(taskID)}}, nil
+	}
 	if len(data) == 0 {
 		data = json.RawMessage("{}")
 	}
@@ -85,11 +91,14 @@ func (t *commandTemplate) decode(taskID string, data json.RawMessage, naming boo
 		// Data that is no object has no members; {{.}} is still its text.
 		root = &object{members: map[string]any{}, text: ownText{framed: textOf(value)}}
 	}
-	if naming {
-		taskID = "task_id"
-	}
 	root.members["task_id"] = frame(taskID)
 	return root, nil
+}
+
+// namesData reports whether the template puts anything but the task's id into the command: many leave the data to the file
+// that the command reads.
+func (t *commandTemplate) namesData() bool {
+	return len(t.names) > 1 || len(t.names) == 1 && !t.names["task_id"]
 }
 
 // A dataDecoder turns JSON into the kinds above.
