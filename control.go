@@ -38,6 +38,7 @@ func (w *worker) control(t *task) {
 		wanted := mine && (t.status == statusRunning || w.controlled < maxControlled)
 		t.unheard = mine && !wanted
 		if wanted {
+			t.begun()
 			w.controlled++
 		}
 		w.mu.Unlock()
@@ -72,8 +73,7 @@ func (w *worker) control(t *task) {
 func (w *worker) takeControl(t *task) (uncontrol func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	uncontrol, t.uncontrol = t.uncontrol, nil
-	return uncontrol
+	return t.takeUncontrol()
 }
 
 // linger listens on for a finished task whose delivery could not be settled: the broker will deliver it again, and whoever

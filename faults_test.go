@@ -525,12 +525,12 @@ func TestClockJumps(t *testing.T) {
 	}
 	for i, at := range []time.Time{farPast, farFuture} {
 		task := journalTask{ID: fmt.Sprint("task-", i), Event: "job", CreatedAt: at, Due: at, Failures: 1}
-		if _, err := j.accept(task, []byte("{}")); err != nil {
+		if err := j.accept(task, []byte("{}")); err != nil {
 			t.Fatal(err)
 		}
 		outcome := taskFinished{TaskID: fmt.Sprint("ended-", i), Event: "job", Status: statusFinish,
 			CreatedAt: farFuture, StartedAt: farFuture, FinishedAt: at}
-		if _, err := j.accept(journalTask{ID: outcome.TaskID, Event: "job", CreatedAt: at}, []byte("{}")); err != nil {
+		if err := j.accept(journalTask{ID: outcome.TaskID, Event: "job", CreatedAt: at}, []byte("{}")); err != nil {
 			t.Fatal(err)
 		}
 		if err := j.finished(outcome); err != nil {

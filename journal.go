@@ -29,11 +29,7 @@ type journalTask struct {
 	Due                time.Time       // not before (retry pause); zero: now
 	Process            processIdentity // of the last start that has no end; zero if none
 	Outcome            *taskFinished   // set when finished but not reported
-	Data               dataRef
 }
-
-// A dataRef leads to a task's data, which stays on disk. It holds until the task is reported or released.
-type dataRef struct{ taskID string }
 
 // A journal is open until close. All methods may be called concurrently; entries of one task are kept in call order.
 type journal struct {
@@ -154,34 +150,34 @@ func openJournalSized(dir string, sizes journalSizes) (j *journal, tasks []journ
 
 // accept makes the journal answer for a task. It is durable on return, unless the broker holds it too: then it is only
 // written. The process, outcome and counts of t are kept as they are.
-func (j *journal) accept(t journalTask, data []byte) (dataRef, error) {
+func (j *journal) accept(t journalTask, data []byte) error {
 	op := "accept task " + strconv.Quote(t.ID)
 	if t.ID == "" {
-		return dataRef{}, taskMisfit(op, errors.New("it has no id"))
+		return taskMisfit(op, errors.New("it has no id"))
 	}
 	if len(data) > maxTaskDataBytes {
-		return dataRef{}, taskMisfit(op, fmt.Errorf("%d bytes of data, at most %d fit", len(data), maxTaskDataBytes))
+		return taskMisfit(op, fmt.Errorf("%d bytes of data, at most %d fit", len(data), maxTaskDataBytes))
 	}
 	frame, err := taskFrame(j.order.Add(1)-1, t, data)
 	if err != nil {
-		return dataRef{}, taskMisfit(op, err)
+		return taskMisfit(op, err)
 	}
 
 	j.mu.Lock()
 	if _, known := j.tasks[t.ID]; known {
 		j.mu.Unlock()
-		return dataRef{}, taskMisfit(op, errors.New("the journal holds it already"))
+		return taskMisfit(op, errors.New("the journal holds it already"))
 	}
 	if !j.reserved && !j.closed {
 		// What room is left belongs to the tasks that were accepted already.
 		err := j.fault
 		j.mu.Unlock()
-		return dataRef{}, err
+		return err
 	}
 	place, err := j.append(frame, false)
 	if err != nil {
 		j.mu.Unlock()
-		return dataRef{}, err
+		return err
 	}
 	run := runState{attempts: t.Attempts, crashes: t.Crashes, failures: t.Failures,
 		due: t.Due, process: t.Process, outcome: t.Outcome}
@@ -192,15 +188,12 @@ func (j *journal) accept(t journalTask, data []byte) (dataRef, error) {
 	j.keep(t.ID, task)
 	if t.Held {
 		j.mu.Unlock()
-		return dataRef{t.ID}, nil
+		return nil
 	}
 	batch := j.joinBatch()
 	batch.accepted = append(batch.accepted, t.ID)
 	j.mu.Unlock()
-	if err := batch.wait(); err != nil {
-		return dataRef{}, err
-	}
-	return dataRef{t.ID}, nil
+	return batch.wait()
 }
 
 // adopt makes the journal answer for a task that until now the broker held. It is durable on return.
@@ -317,23 +310,23 @@ func (j *journal) forget(id string, kind byte) error {
 	return nil
 }
 
-// data reads a task's data back.
-func (j *journal) data(ref dataRef) ([]byte, error) {
-	op := "read data of task " + strconv.Quote(ref.taskID)
+// data reads an unreported task's data back; it stays on disk alone.
+func (j *journal) data(id string) ([]byte, error) {
+	op := "read data of task " + strconv.Quote(id)
 	for {
-		task, ok := j.task(ref.taskID)
+		task, ok := j.task(id)
 		if !ok {
 			return nil, taskMisfit(op, errors.New("the journal holds no such task"))
 		}
 		payload, err := readRecord(task.place)
 		if err == nil {
-			if rec, ok := readTaskRecord(payload); ok && string(rec.id) == ref.taskID {
+			if rec, ok := readTaskRecord(payload); ok && string(rec.id) == id {
 				return rec.data, nil
 			}
 			err = errRecordDamaged
 		}
 		// Compaction may have moved it meanwhile.
-		if again, ok := j.task(ref.taskID); !ok || again.place == task.place {
+		if again, ok := j.task(id); !ok || again.place == task.place {
 			return nil, fail(codeJournalRead, op, err)
 		}
 	}

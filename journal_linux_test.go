@@ -40,7 +40,7 @@ func TestJournalFullDisk(t *testing.T) {
 		must(t, j.finished(outcomeOf(id)))
 		must(t, j.reported(id))
 	}
-	if _, err := j.accept(journalTask{ID: "late"}, data); !errors.Is(err, syscall.ENOSPC) || codeOf(err) != codeJournalWrite {
+	if err := j.accept(journalTask{ID: "late"}, data); !errors.Is(err, syscall.ENOSPC) || codeOf(err) != codeJournalWrite {
 		t.Fatalf("accept on a full disk: %v", err)
 	}
 	if err := j.writable(); !errors.Is(err, syscall.ENOSPC) {

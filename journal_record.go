@@ -350,7 +350,7 @@ func (j *journalReplay) list() []journalTask {
 	for i, id := range ids {
 		t := j.tasks[id]
 		tasks[i] = journalTask{ID: id, Subject: t.subject, Event: t.event, Held: t.held && !t.run.isAdopted(),
-			CreatedAt: fromNanos(t.created), Data: dataRef{id}}
+			CreatedAt: fromNanos(t.created)}
 		tasks[i].setRun(t.run)
 	}
 	return tasks

@@ -46,11 +46,9 @@ func mustOpenJournal(t testing.TB, dir string, sizes journalSizes) (*journal, ma
 	return j, byID
 }
 
-func mustAccept(t testing.TB, j *journal, id, data string) dataRef {
+func mustAccept(t testing.TB, j *journal, id, data string) {
 	t.Helper()
-	ref, err := j.accept(journalTask{ID: id, Subject: "local.hello", Event: "hello", CreatedAt: time.Unix(1000, 5)}, []byte(data))
-	must(t, err)
-	return ref
+	must(t, j.accept(journalTask{ID: id, Subject: "local.hello", Event: "hello", CreatedAt: time.Unix(1000, 5)}, []byte(data)))
 }
 
 func must(t testing.TB, err error) {
@@ -71,15 +69,15 @@ func assertTasks(t testing.TB, j *journal, got map[string]journalTask, want map[
 		t.Fatalf("journal holds %d tasks; want %d", len(got), len(want))
 	}
 	for id, data := range want {
-		assertData(t, j, dataRef{id}, data)
+		assertData(t, j, id, data)
 	}
 }
 
-func assertData(t testing.TB, j *journal, ref dataRef, want string) {
+func assertData(t testing.TB, j *journal, id, want string) {
 	t.Helper()
-	got, err := j.data(ref)
+	got, err := j.data(id)
 	if err != nil || string(got) != want {
-		t.Fatalf("data(%v) = %.40q, %v; want %.40q", ref, got, err, want)
+		t.Fatalf("data(%q) = %.40q, %v; want %.40q", id, got, err, want)
 	}
 }
 
@@ -91,10 +89,9 @@ func TestJournalReopen(t *testing.T) {
 	created := time.Unix(1000, 5)
 	ids := []string{"queued", "running", "returned", "retrying", "crashed-twice", "finished", "reported", "released", "held"}
 	for _, id := range ids {
-		ref, err := j.accept(journalTask{ID: id, Subject: "p.hello", Event: "hello", Held: id == "held", CreatedAt: created},
-			[]byte("data of "+id))
-		must(t, err)
-		assertData(t, j, ref, "data of "+id)
+		must(t, j.accept(journalTask{ID: id, Subject: "p.hello", Event: "hello", Held: id == "held", CreatedAt: created},
+			[]byte("data of "+id)))
+		assertData(t, j, id, "data of "+id)
 		if id != "queued" && id != "released" && id != "held" {
 			must(t, j.started(id, 1, p))
 		}
@@ -120,7 +117,7 @@ func TestJournalReopen(t *testing.T) {
 	base := journalTask{Subject: "p.hello", Event: "hello", CreatedAt: created}
 	with := func(id string, change func(*journalTask)) journalTask {
 		task := base
-		task.ID, task.Data = id, dataRef{id}
+		task.ID = id
 		change(&task)
 		return task
 	}
@@ -137,7 +134,7 @@ func TestJournalReopen(t *testing.T) {
 		if i >= len(tasks) || !reflect.DeepEqual(tasks[i], want[i]) {
 			t.Fatalf("task %d = %+v\nwant %+v", i, tasks[min(i, len(tasks)-1)], want[i])
 		}
-		assertData(t, j, tasks[i].Data, "data of "+want[i].ID)
+		assertData(t, j, tasks[i].ID, "data of "+want[i].ID)
 	}
 	if len(tasks) != len(want) {
 		t.Errorf("%d tasks; want %d", len(tasks), len(want))
@@ -160,10 +157,10 @@ func TestJournalRefuses(t *testing.T) {
 	mustAccept(t, j, "done", "1")
 	must(t, j.finished(outcomeOf("done")))
 	acceptErr := func(id string, data []byte) error {
-		_, err := j.accept(journalTask{ID: id}, data)
+		err := j.accept(journalTask{ID: id}, data)
 		return err
 	}
-	_, dataErr := j.data(dataRef{"unknown"})
+	_, dataErr := j.data("unknown")
 	for name, err := range map[string]error{
 		"accept twice":       acceptErr("a", nil),
 		"accept no id":       acceptErr("", nil),
@@ -185,7 +182,7 @@ func TestJournalRefuses(t *testing.T) {
 	must(t, j.reported("unknown"))
 	must(t, j.released("unknown"))
 	must(t, acceptErr("largest", bytes.Repeat([]byte{7}, maxTaskDataBytes)))
-	assertData(t, j, dataRef{"largest"}, strings.Repeat("\a", maxTaskDataBytes))
+	assertData(t, j, "largest", strings.Repeat("\a", maxTaskDataBytes))
 	must(t, j.writable())
 
 	must(t, j.close())
@@ -397,7 +394,7 @@ func journalWorkerRole(args []string) int {
 			defer all.Done()
 			for i := 0; ; i++ {
 				id := fmt.Sprintf("%s-%d-%d", args[1], g, i)
-				if _, err := j.accept(journalTask{ID: id, Event: "e"}, []byte("data "+id)); err != nil {
+				if err := j.accept(journalTask{ID: id, Event: "e"}, []byte("data "+id)); err != nil {
 					say("failed", err.Error())
 					return
 				}
@@ -460,7 +457,7 @@ func TestJournalKilled(t *testing.T) {
 			case !live && !known:
 				t.Fatalf("round %d: accepted task %s is lost", round, id)
 			case live:
-				assertData(t, j, task.Data, "data "+id)
+				assertData(t, j, id, "data "+id)
 			}
 		}
 		must(t, j.close())
@@ -501,7 +498,7 @@ func TestJournalUnderLoad(t *testing.T) {
 					for attempt := range len(id) % 3 {
 						must(t, j.started(id, attempt+1, processIdentity{PID: 5}))
 					}
-					assertData(t, j, dataRef{id}, data)
+					assertData(t, j, id, data)
 					if i%25 == 0 {
 						mu.Lock()
 						want[id] = data
@@ -550,13 +547,13 @@ func TestJournalIdleIsSmall(t *testing.T) {
 func TestJournalCompactsAroundDamage(t *testing.T) {
 	dir := t.TempDir()
 	j, _ := mustOpenJournal(t, dir, smallJournal)
-	ref := mustAccept(t, j, "damaged", "some data")
+	mustAccept(t, j, "damaged", "some data")
 	place := j.tasks["damaged"].place
 	f, err := os.OpenFile(place.segment.path, os.O_RDWR, 0)
 	must(t, err)
 	_, err = f.WriteAt([]byte("X"), place.offset+place.bytes()-1)
 	must(t, errors.Join(err, f.Close()))
-	if _, err := j.data(ref); codeOf(err) != codeJournalRead {
+	if _, err := j.data("damaged"); codeOf(err) != codeJournalRead {
 		t.Fatalf("data of a damaged task: %v", err)
 	}
 	mustAccept(t, j, "good", "other data")
@@ -577,7 +574,7 @@ func TestJournalCompactsAroundDamage(t *testing.T) {
 		}
 		return ""
 	})
-	assertData(t, j, dataRef{"good"}, "other data")
+	assertData(t, j, "good", "other data")
 }
 
 // failingFile fails as a disk does.
@@ -621,16 +618,16 @@ func TestJournalFailingDisk(t *testing.T) {
 			mustAccept(t, j, "before", "1")
 			mustAccept(t, j, "running", "2")
 			must(t, j.started("running", 1, processIdentity{PID: 9}))
-			_, err := j.accept(journalTask{ID: "held", Held: true}, []byte("4"))
+			err := j.accept(journalTask{ID: "held", Held: true}, []byte("4"))
 			must(t, err)
 
 			writes.Store(strings.HasPrefix(kind, "write"))
 			syncs.Store(kind == "sync")
 			truncates.Store(kind != "write")
-			if _, err := j.accept(journalTask{ID: "failing"}, bytes.Repeat([]byte("z"), 5000)); codeOf(err) != codeJournalWrite {
+			if err := j.accept(journalTask{ID: "failing"}, bytes.Repeat([]byte("z"), 5000)); codeOf(err) != codeJournalWrite {
 				t.Fatalf("accept: %v", err)
 			}
-			if _, err := j.data(dataRef{"failing"}); codeOf(err) != codeJournalTask {
+			if _, err := j.data("failing"); codeOf(err) != codeJournalTask {
 				t.Errorf("a task whose acceptance failed is still there: %v", err)
 			}
 			if err := j.finished(outcomeOf("running")); codeOf(err) != codeJournalWrite {
@@ -686,7 +683,7 @@ func TestJournalFailedSyncIsNoAcceptance(t *testing.T) {
 	j.mu.Unlock()
 	failed := make(chan error, 2)
 	accept := func(id string) {
-		_, err := j.accept(journalTask{ID: id}, nil)
+		err := j.accept(journalTask{ID: id}, nil)
 		failed <- err
 	}
 	go accept("first")
@@ -808,7 +805,7 @@ func TestJournalHundredThousandTasks(t *testing.T) {
 	j, _ := mustOpenJournal(t, dir, defaultJournalSizes())
 	data := bytes.Repeat([]byte("d"), 1024)
 	for i := range count {
-		_, err := j.accept(journalTask{ID: fmt.Sprintf("018f0000-0000-7000-8000-%012d", i), Subject: "local.hello", Event: "hello",
+		err := j.accept(journalTask{ID: fmt.Sprintf("018f0000-0000-7000-8000-%012d", i), Subject: "local.hello", Event: "hello",
 			Held: true, CreatedAt: time.Now()}, data)
 		must(t, err)
 	}
@@ -874,7 +871,7 @@ func FuzzJournal(f *testing.F) {
 			return
 		}
 		for _, task := range tasks {
-			if _, err := j.data(task.Data); err != nil {
+			if _, err := j.data(task.ID); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -890,7 +887,7 @@ func FuzzJournal(f *testing.F) {
 			t.Fatalf("reopened: %d tasks; had %d; %+v", len(again), len(tasks), stats)
 		}
 		if !known {
-			assertData(t, j, dataRef{"after"}, "new")
+			assertData(t, j, "after", "new")
 		}
 	})
 }
@@ -903,7 +900,7 @@ func BenchmarkJournalAppend(b *testing.B) {
 			before := j.stats()
 			begun := time.Now()
 			inParallel(b, callers, func(i int) {
-				_, err := j.accept(journalTask{ID: fmt.Sprintf("018f0000-0000-7000-8000-%012d", i), Event: "hello"}, data)
+				err := j.accept(journalTask{ID: fmt.Sprintf("018f0000-0000-7000-8000-%012d", i), Event: "hello"}, data)
 				must(b, err)
 			})
 			b.ReportMetric(float64(b.N)/time.Since(begun).Seconds(), "appends/s")
@@ -918,7 +915,7 @@ func BenchmarkJournalLifecycle(b *testing.B) {
 	begun := time.Now()
 	inParallel(b, 8, func(i int) {
 		id := fmt.Sprintf("018f0000-0000-7000-8000-%012d", i)
-		_, err := j.accept(journalTask{ID: id, Event: "hello"}, data)
+		err := j.accept(journalTask{ID: id, Event: "hello"}, data)
 		must(b, err)
 		must(b, j.started(id, 1, processIdentity{PID: 1, Start: "12345678", Boot: "6f8c0a1e-0000-0000-0000-000000000000"}))
 		must(b, j.finished(outcomeOf(id)))
@@ -947,7 +944,7 @@ func TestJournalAdopt(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "journal")
 	j, _ := mustOpenJournal(t, dir, defaultJournalSizes())
 	for _, id := range []string{"held", "adopted"} {
-		_, err := j.accept(journalTask{ID: id, Subject: "p.e", Event: "e", Held: true}, []byte(id))
+		err := j.accept(journalTask{ID: id, Subject: "p.e", Event: "e", Held: true}, []byte(id))
 		must(t, err)
 	}
 	must(t, j.adopt("adopted"))

@@ -35,7 +35,7 @@ func journalFileLimitRole(args []string) int {
 	}
 	data := bytes.Repeat([]byte("x"), 1000)
 	for n := 0; err == nil; n++ {
-		if _, err = j.accept(journalTask{ID: fmt.Sprint(n)}, data); err == nil {
+		if err = j.accept(journalTask{ID: fmt.Sprint(n)}, data); err == nil {
 			fmt.Println("accepted", n)
 		}
 	}
@@ -50,7 +50,7 @@ func journalFileLimitRole(args []string) int {
 	for deadline := time.Now().Add(10 * time.Second); j.writable() != nil && time.Now().Before(deadline); {
 		time.Sleep(5 * time.Millisecond)
 	}
-	if _, err := j.accept(journalTask{ID: "after"}, data); err != nil {
+	if err := j.accept(journalTask{ID: "after"}, data); err != nil {
 		fmt.Println("after the limit:", err)
 		return 1
 	}

@@ -185,7 +185,7 @@ func TestMetricsOfJournal(t *testing.T) {
 		t.Errorf("%s syncs measured, %+v", got, stats)
 	}
 	syncs.Store(true)
-	if _, err := j.accept(journalTask{ID: "b"}, nil); err == nil {
+	if err := j.accept(journalTask{ID: "b"}, nil); err == nil {
 		t.Error("accepted without a sync")
 	}
 	if stats := j.stats(); stats.SyncErrors != 1 || stats.WriteErrors == 0 {

@@ -3,6 +3,7 @@ package main
 // service.go is what the REST API asks of the worker: create, terminate, notify, look up, and how it is doing.
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -117,8 +118,9 @@ func (w *worker) following(id string) *brokerLink {
 
 // queuedRecord describes a task that has not been started here.
 func (w *worker) queuedRecord(t *task) record {
+	created := t.createdAt()
 	return record{
-		TaskID: t.id, Event: t.event, Name: w.nameOf(t.event), Status: statusQueued, CreatedAt: &t.createdAt,
+		TaskID: t.id, Event: t.event, Name: w.nameOf(t.event), Status: statusQueued, CreatedAt: &created,
 	}
 }
 
@@ -150,19 +152,19 @@ func (w *worker) list(f recordFilter) []record {
 // Very many may wait: only few of them are looked at twice.
 func (w *worker) newestWaiting(f recordFilter, listed map[string]bool) []*task {
 	newest := make([]*task, 0, 2*f.limit)
-	newestFirst := func(a, b *task) int { return b.createdAt.Compare(a.createdAt) }
-	var oldest time.Time // of those that are sure to be wanted, once there are enough
+	newestFirst := func(a, b *task) int { return cmp.Compare(b.created, a.created) }
+	var oldest int64 // of those that are sure to be wanted, once there are enough
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for id, t := range w.known {
-		if t.status != statusQueued || t.attempts > 0 || !t.createdAt.After(oldest) || listed[id] ||
+		if t.status != statusQueued || t.attempts > 0 || t.created <= oldest || listed[id] ||
 			f.event != "" && f.event != t.event {
 			continue
 		}
 		if newest = append(newest, t); len(newest) == 2*f.limit {
 			slices.SortFunc(newest, newestFirst)
 			newest = newest[:f.limit]
-			oldest = newest[f.limit-1].createdAt
+			oldest = newest[f.limit-1].created
 		}
 	}
 	slices.SortFunc(newest, newestFirst)

@@ -28,23 +28,29 @@ const (
 	stderrTailBytes = 4 << 10 // of a failed run, in {task_id}_failed
 )
 
-// A task is one accepted run of a job. Its data stays in the journal, since very many may wait.
+// A task is one accepted run of a job. Very many may wait, so it is kept small: its data stays in the journal, and what
+// only few tasks have is in a taskRun.
 type task struct {
-	id        string
-	event     string
-	createdAt time.Time
-	data      dataRef
+	id      string
+	event   string
+	created int64 // Unix time in nanoseconds
 
-	attempts int // starts, over all workers
-	crashes  int // starts in a row that ended with their worker
-	failures int // runs that failed, for the retries
+	attempts int32 // starts, over all workers
+	crashes  int32 // starts in a row that ended with their worker
+	failures int32 // runs that failed, for the retries
 
 	// Guarded by worker.mu.
+	accepted  bool        // the journal has it
+	unheard   bool        // too many control subjects are listened on; its own are once it runs
+	givenBack bool        // its broker has it delivered again
 	link      *brokerLink // where its story is told; nil once it is over
 	delivery  *Delivery   // what to settle in the end; nil where the journal alone answers
-	accepted  bool        // the journal has it
 	status    taskStatus
-	pid       int
+	*taskRun  // nil until begun is called
+}
+
+// A taskRun is what a task has besides once it does more than wait for its first slot. Guarded by worker.mu.
+type taskRun struct {
 	startedAt time.Time
 	taken     bool                    // this worker has begun with it
 	ran       bool                    // this worker has started its command
@@ -53,9 +59,24 @@ type task struct {
 	woken     chan struct{}           // closed to end a pause before a retry
 	adoption  *time.Timer             // to when the journal answers in the broker's stead; nil: never
 	uncontrol func()                  // ends the listening on its control subjects; nil: there is none
-	unheard   bool                    // there are too many of those; it is listened for once it runs
-	givenBack bool                    // its broker has it delivered again
 }
+
+// begun gives a task its taskRun. worker.mu is held.
+func (t *task) begun() {
+	if t.taskRun == nil {
+		t.taskRun = new(taskRun)
+	}
+}
+
+// takeUncontrol gives uncontrol to whoever calls it first; nil: there is none. worker.mu is held.
+func (r *taskRun) takeUncontrol() (uncontrol func()) {
+	if r != nil {
+		uncontrol, r.uncontrol = r.uncontrol, nil
+	}
+	return uncontrol
+}
+
+func (t *task) createdAt() time.Time { return fromNanos(t.created) }
 
 // A jobRunner is a job made ready to run: what is the same for each of its tasks is done once.
 type jobRunner struct {
@@ -170,9 +191,10 @@ func (w *worker) attemptTask(t *task) (a attempt, putBack bool) {
 	ctx, stop := context.WithCancelCause(w.ctx)
 	defer stop(nil)
 	w.mu.Lock()
+	t.begun()
 	t.stop = stop
 	t.status = statusRunning
-	t.pid, t.startedAt = 0, time.Time{}
+	t.startedAt = time.Time{}
 	stopped, taken, unheard := t.stopped, t.taken, t.unheard
 	t.taken = true
 	w.mu.Unlock()
@@ -185,7 +207,7 @@ func (w *worker) attemptTask(t *task) (a attempt, putBack bool) {
 	if stopped != nil {
 		stop(stopped)
 	}
-	if t.crashes >= with.cfg.MaxDeliveries {
+	if int(t.crashes) >= with.cfg.MaxDeliveries {
 		return attempt{status: statusError, final: true, err: fail(codeGivenUp, "run task", fmt.Errorf(
 			"given up after %d starts, each of which ended with its worker", t.crashes))}, false
 	}
@@ -229,7 +251,7 @@ func (w *worker) staleTask(id string, leader processIdentity) staleTask {
 func (w *worker) runCommand(ctx context.Context, t *task, with *setup) (a attempt) {
 	a.status = statusError
 	runner := with.jobs[t.event]
-	data, err := w.journal.data(t.data)
+	data, err := w.journal.data(t.id)
 	if err != nil {
 		a.err, a.hostFault = err, isHostFault(err)
 		return a
@@ -259,7 +281,7 @@ func (w *worker) runCommand(ctx context.Context, t *task, with *setup) (a attemp
 	tail := &tailBuffer{limit: stderrTailBytes}
 	c := command{
 		argv: rendered.argv, line: rendered.line, dir: runner.job.WorkingDir,
-		env: runner.taskEnv(with.cfg, w.baseURL, t.id, t.attempts+1), envDone: true,
+		env: runner.taskEnv(with.cfg, w.baseURL, t.id, int(t.attempts)+1), envDone: true,
 		killAfter: with.cfg.KillAfter, hurry: w.hurry, spawn: w.spawner,
 		started: func(p processIdentity) error {
 			if err := w.taskRuns(t, p); err != nil {
@@ -291,7 +313,7 @@ func (w *worker) runCommand(ctx context.Context, t *task, with *setup) (a attemp
 
 // taskRuns notes that a task's command has been started, first of all where a worker after this one finds it.
 func (w *worker) taskRuns(t *task, p processIdentity) error {
-	if err := w.journal.started(t.id, t.attempts+1, p); err != nil {
+	if err := w.journal.started(t.id, int(t.attempts)+1, p); err != nil {
 		return err
 	}
 	t.attempts++
@@ -299,12 +321,12 @@ func (w *worker) taskRuns(t *task, p processIdentity) error {
 	w.jobRuns(t.event)
 	w.mu.Lock()
 	t.ran = true
-	t.pid, t.startedAt = p.PID, time.Now()
+	t.startedAt = time.Now()
 	startedAt := t.startedAt
 	w.mu.Unlock()
 	w.bus.publish(taskStarted{
-		TaskID: t.id, Event: t.event, Name: w.nameOf(t.event), PID: p.PID, Attempt: t.attempts,
-		CreatedAt: t.createdAt, At: startedAt,
+		TaskID: t.id, Event: t.event, Name: w.nameOf(t.event), PID: p.PID, Attempt: int(t.attempts),
+		CreatedAt: t.createdAt(), At: startedAt,
 	})
 	return nil
 }
@@ -333,8 +355,9 @@ func isHostFault(err error) bool {
 func (w *worker) wait(t *task) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	t.begun()
 	t.status = statusQueued
-	t.pid, t.stop = 0, nil
+	t.stop = nil
 	t.woken = make(chan struct{})
 	if t.stopped != nil {
 		close(t.woken)
@@ -371,7 +394,7 @@ func (w *worker) conclude(t *task, a attempt) {
 		retry = runner.job.Retry
 	}
 	failed := a.status == statusError || a.status == statusTimeout && !errors.Is(a.err, errTimedOut)
-	if failed && !a.final && t.failures < retry.Times && w.stopRequest(t) == "" {
+	if failed && !a.final && int(t.failures) < retry.Times && w.stopRequest(t) == "" {
 		pause := min(retry.Pause<<min(t.failures, 30), maxRetryPause)
 		if pause < 0 { // shifted out of range
 			pause = maxRetryPause
@@ -381,9 +404,9 @@ func (w *worker) conclude(t *task, a attempt) {
 		return
 	}
 	outcome := taskFinished{
-		TaskID: t.id, Event: t.event, Name: w.nameOf(t.event), Status: a.status, Attempt: t.attempts,
+		TaskID: t.id, Event: t.event, Name: w.nameOf(t.event), Status: a.status, Attempt: int(t.attempts),
 		Signal: a.exit.signal, PID: a.exit.pid, CPU: a.exit.cpu, MaxRSS: a.exit.maxRSS,
-		CreatedAt: t.createdAt, FinishedAt: time.Now(),
+		CreatedAt: t.createdAt(), FinishedAt: time.Now(),
 	}
 	if a.started && a.exit.code >= 0 {
 		outcome.ExitCode = &a.exit.code
@@ -398,7 +421,7 @@ func (w *worker) conclude(t *task, a attempt) {
 func (w *worker) retry(t *task, reason string, due time.Time) {
 	w.wait(t)
 	w.journalled("note retry of task", t.id, w.journal.retrying(t.id, due))
-	w.bus.publish(taskRetrying{TaskID: t.id, Event: t.event, Attempt: t.attempts, Reason: reason, Due: due})
+	w.bus.publish(taskRetrying{TaskID: t.id, Event: t.event, Attempt: int(t.attempts), Reason: reason, Due: due})
 	w.enqueueAt(t, due)
 }
 
@@ -455,6 +478,7 @@ func (w *worker) putBack(t *task) {
 // stopTask ends a task for a cause: its command if it runs, its wait if it waits.
 func (w *worker) stopTask(t *task, cause error) {
 	w.mu.Lock()
+	t.begun()
 	if t.stopped == nil && !errors.Is(cause, errTimeLimit) {
 		t.stopped = cause
 		if t.woken != nil {
@@ -474,6 +498,7 @@ func (w *worker) stopTask(t *task, cause error) {
 func (w *worker) wokenUp(t *task) <-chan struct{} {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	t.begun()
 	return t.woken
 }
 

@@ -197,7 +197,7 @@ func (w *worker) recover(found []journalTask) {
 		}
 		switch {
 		case t.Outcome != nil:
-			w.know(&task{id: t.ID, event: t.Event, createdAt: t.CreatedAt, status: t.Outcome.Status})
+			w.know(&task{id: t.ID, event: t.Event, created: nanos(t.CreatedAt), status: t.Outcome.Status})
 			w.bus.publish(*t.Outcome)
 		case t.Held:
 			// The broker delivers it again, here or elsewhere.
@@ -209,8 +209,8 @@ func (w *worker) recover(found []journalTask) {
 			waiting++
 			w.counts.recovered.Add(1)
 			recovered := &task{
-				id: t.ID, event: t.Event, createdAt: t.CreatedAt, data: t.Data, status: statusQueued,
-				attempts: t.Attempts, crashes: t.Crashes, failures: t.Failures,
+				id: t.ID, event: t.Event, created: nanos(t.CreatedAt), status: statusQueued,
+				attempts: int32(t.Attempts), crashes: int32(t.Crashes), failures: int32(t.Failures),
 			}
 			w.know(recovered)
 			if w.runner(t.Event) == nil {
@@ -249,16 +249,16 @@ func (w *worker) take(l *brokerLink, event string, d Delivery) {
 // accept is where a delivery becomes a task: it is told from what is known already, and journalled. What cannot be
 // journalled is put back.
 func (w *worker) accept(l *brokerLink, event string, d Delivery, m taskMessage) {
-	t := &task{id: m.TaskID, event: event, createdAt: time.Now(), status: statusQueued}
+	t := &task{id: m.TaskID, event: event, created: time.Now().UnixNano(), status: statusQueued}
 	if d.Held {
 		t.delivery = &d
-		t.attempts = max(0, d.Attempt-1)
+		t.attempts = int32(max(0, d.Attempt-1))
 	}
 
 	w.mu.Lock()
 	if d.Held {
-		t.crashes = w.crashed[t.id]
-		if t.attempts >= maxPutBacks*w.config().MaxDeliveries {
+		t.crashes = int32(w.crashed[t.id])
+		if int(t.attempts) >= maxPutBacks*w.config().MaxDeliveries {
 			t.crashes = t.attempts // they were other workers' crashes, at least some of them
 		}
 	}
@@ -295,10 +295,9 @@ func (w *worker) accept(l *brokerLink, event string, d Delivery, m taskMessage) 
 	w.perEvent[event]++
 	w.mu.Unlock()
 
-	var err error
-	t.data, err = w.journal.accept(journalTask{
-		ID: t.id, Subject: d.Subject, Event: event, Held: d.Held, CreatedAt: t.createdAt,
-		Attempts: t.attempts, Crashes: t.crashes,
+	err := w.journal.accept(journalTask{
+		ID: t.id, Subject: d.Subject, Event: event, Held: d.Held, CreatedAt: t.createdAt(),
+		Attempts: int(t.attempts), Crashes: int(t.crashes),
 	}, m.Data)
 	if err != nil {
 		w.forget(t.id)
@@ -315,6 +314,7 @@ func (w *worker) accept(l *brokerLink, event string, d Delivery, m taskMessage) 
 	w.mu.Lock()
 	t.accepted = true
 	if d.Held && d.HeldFor > 0 {
+		t.begun()
 		t.adoption = time.AfterFunc(d.HeldFor, func() { w.adopt(t) })
 	}
 	w.mu.Unlock()
@@ -322,7 +322,7 @@ func (w *worker) accept(l *brokerLink, event string, d Delivery, m taskMessage) 
 		other.follower.drop(t.id) // it is right here
 	}
 	w.control(t)
-	w.bus.publish(taskQueued{TaskID: t.id, Event: event, Name: w.nameOf(event), At: t.createdAt})
+	w.bus.publish(taskQueued{TaskID: t.id, Event: event, Name: w.nameOf(event), At: t.createdAt()})
 	w.queue.add(t)
 }
 
@@ -420,10 +420,10 @@ func (w *worker) forget(id string) *task {
 	if t != nil {
 		t.moveTo(nil)
 		released = w.oneLess(t.event)
-		if t.adoption != nil {
+		if t.taskRun != nil && t.adoption != nil {
 			t.adoption.Stop() // else the task would be kept for as long as the broker is patient
 		}
-		uncontrol, t.uncontrol = t.uncontrol, nil
+		uncontrol = t.takeUncontrol()
 	}
 	w.mu.Unlock()
 	if uncontrol != nil {
