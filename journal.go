@@ -39,9 +39,10 @@ type journal struct {
 	order atomic.Uint64  // of the next task
 	wrap  func(*segment) // tests put failing files in; nil otherwise
 
-	mu           sync.Mutex // guards all below, and what the segments and the tasks hold
-	segments     []*segment // oldest first; the last is written to
-	tasks        map[string]liveEntry
+	mu           sync.Mutex             // guards all below, and what the segments and the tasks hold
+	segments     []*segment             // oldest first; the last is written to
+	tasks        map[string]recordPlace // the live ones: where their records lie
+	runs         map[string]*runState   // what has happened to them since; most wait, and have none
 	outcomes     outcomeMemory
 	lastNumber   uint64 // of a segment
 	liveBytes    int64  // of the live tasks' records
@@ -126,7 +127,7 @@ func openJournalSized(dir string, sizes journalSizes) (j *journal, tasks []journ
 	}
 	j = &journal{
 		dir: dir, sizes: sizes, lock: lock,
-		tasks: map[string]liveEntry{}, syncTimes: newHistogram(syncBounds()),
+		tasks: map[string]recordPlace{}, runs: map[string]*runState{}, syncTimes: newHistogram(syncBounds()),
 		wake: make(chan struct{}, 1), compact: make(chan bool, 1),
 		stop: make(chan struct{}), quit: make(chan struct{}),
 		lazy: time.NewTimer(time.Hour), retry: time.NewTimer(time.Hour),
@@ -181,11 +182,10 @@ func (j *journal) accept(t journalTask, data []byte) error {
 	}
 	run := runState{attempts: t.Attempts, crashes: t.Crashes, failures: t.Failures,
 		due: t.Due, process: t.Process, outcome: t.Outcome}
-	task := liveEntry{place: place}
+	j.keep(t.ID, place)
 	if run != (runState{}) {
-		task.run = &run
+		j.runs[t.ID] = &run
 	}
-	j.keep(t.ID, task)
 	if t.Held {
 		j.mu.Unlock()
 		return nil
@@ -227,15 +227,13 @@ func (j *journal) retrying(id string, due time.Time) error {
 func (j *journal) change(id, what string, frame []byte, apply func(*runState)) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	task, ok := j.tasks[id]
-	if !ok || task.run != nil && task.run.outcome != nil {
+	if _, live := j.tasks[id]; !live || j.runs[id].hasEnded() {
 		return taskMisfit(what+" task "+strconv.Quote(id), errors.New("the journal holds no such unfinished task"))
 	}
 	if _, err := j.append(frame, true); err != nil {
 		return err
 	}
-	apply(task.changed())
-	j.tasks[id] = task
+	apply(j.run(id))
 	return nil
 }
 
@@ -257,11 +255,11 @@ func (j *journal) finished(outcome taskFinished) error {
 	}
 	// In file order, before the sync, so that a copy of the outcomes written next has it.
 	j.outcomes.remember(outcome.TaskID, outcome.Status)
-	task, live := j.tasks[outcome.TaskID]
-	if live {
-		task.changed().end()
-		task.run.outcome, task.run.unsynced = &outcome, true
-		j.tasks[outcome.TaskID] = task
+	var run *runState // nil: the task is not live
+	if _, live := j.tasks[outcome.TaskID]; live {
+		run = j.run(outcome.TaskID)
+		run.end()
+		run.outcome, run.unsynced = &outcome, true
 	}
 	batch := j.joinBatch()
 	j.mu.Unlock()
@@ -269,9 +267,9 @@ func (j *journal) finished(outcome taskFinished) error {
 	if err := batch.wait(); err != nil {
 		return err
 	}
-	if live {
+	if run != nil {
 		j.mu.Lock()
-		task.run.unsynced = false
+		run.unsynced = false
 		j.mu.Unlock()
 	}
 	return nil
@@ -281,11 +279,10 @@ func (j *journal) finished(outcome taskFinished) error {
 func (j *journal) reported(id string) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	task, ok := j.tasks[id]
-	if !ok {
+	if _, live := j.tasks[id]; !live {
 		return nil
 	}
-	if task.run == nil || task.run.outcome == nil {
+	if !j.runs[id].hasEnded() {
 		return taskMisfit("settle task "+strconv.Quote(id), errors.New("it has not finished"))
 	}
 	return j.forget(id, recordReported)
@@ -314,11 +311,11 @@ func (j *journal) forget(id string, kind byte) error {
 func (j *journal) data(id string) ([]byte, error) {
 	op := "read data of task " + strconv.Quote(id)
 	for {
-		task, ok := j.task(id)
-		if !ok {
+		place, live := j.place(id)
+		if !live {
 			return nil, taskMisfit(op, errors.New("the journal holds no such task"))
 		}
-		payload, err := readRecord(task.place)
+		payload, err := readRecord(place)
 		if err == nil {
 			if rec, ok := readTaskRecord(payload); ok && string(rec.id) == id {
 				return rec.data, nil
@@ -326,24 +323,24 @@ func (j *journal) data(id string) ([]byte, error) {
 			err = errRecordDamaged
 		}
 		// Compaction may have moved it meanwhile.
-		if again, ok := j.task(id); !ok || again.place == task.place {
+		if again, live := j.place(id); !live || again == place {
 			return nil, fail(codeJournalRead, op, err)
 		}
 	}
 }
 
-func (j *journal) task(id string) (liveEntry, bool) {
+func (j *journal) place(id string) (place recordPlace, live bool) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	task, ok := j.tasks[id]
-	return task, ok
+	place, live = j.tasks[id]
+	return place, live
 }
 
 // outcome is how a task ended, of the last 50,000, once that is durable.
 func (j *journal) outcome(id string) (taskStatus, bool) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if task, live := j.tasks[id]; live && (task.run == nil || task.run.outcome == nil || task.run.unsynced) {
+	if _, live := j.tasks[id]; live && (!j.runs[id].hasEnded() || j.runs[id].unsynced) {
 		return "", false
 	}
 	return j.outcomes.of(id)
@@ -492,17 +489,38 @@ func (j *journal) bytes() (n int64) {
 	return n
 }
 
-// keep, drop and move need mu.
-func (j *journal) keep(id string, t liveEntry) {
-	j.tasks[id] = t
-	t.place.segment.live++
-	j.liveBytes += t.place.bytes()
+// run is what has happened to a live task, to be changed. It needs mu.
+func (j *journal) run(id string) *runState {
+	run := j.runs[id]
+	if run == nil {
+		run = new(runState)
+		j.runs[id] = run
+	}
+	return run
+}
+
+// keep, move and drop need mu.
+func (j *journal) keep(id string, place recordPlace) {
+	j.tasks[id] = place
+	place.segment.live++
+	j.liveBytes += place.bytes()
+}
+
+// move has the record of a live task lie elsewhere.
+func (j *journal) move(id string, place recordPlace) {
+	j.leave(j.tasks[id])
+	j.keep(id, place)
 }
 
 func (j *journal) drop(id string) {
-	if t, ok := j.tasks[id]; ok {
+	if place, live := j.tasks[id]; live {
+		j.leave(place)
 		delete(j.tasks, id)
-		t.place.segment.live--
-		j.liveBytes -= t.place.bytes()
+		delete(j.runs, id)
 	}
+}
+
+func (j *journal) leave(place recordPlace) {
+	place.segment.live--
+	j.liveBytes -= place.bytes()
 }

@@ -72,7 +72,10 @@ func (j *journal) load() ([]journalTask, error) {
 
 	tasks := replay.list()
 	for id, t := range replay.tasks {
-		j.keep(id, t.liveEntry)
+		j.keep(id, t.place)
+		if t.run != nil {
+			j.runs[id] = t.run
+		}
 	}
 	j.outcomes = replay.outcomes
 	j.order.Store(replay.nextOrder)
@@ -287,11 +290,10 @@ func (j *journal) copyTask(place recordPlace, payload []byte) error {
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	t, live := j.tasks[string(rec.id)]
-	if !live || t.place != place {
+	if now, live := j.tasks[string(rec.id)]; !live || now != place {
 		return nil
 	}
-	frame, err := rec.frame(t.run)
+	frame, err := rec.frame(j.runs[string(rec.id)])
 	if err != nil {
 		return err
 	}
@@ -303,8 +305,8 @@ func (j *journal) copyTask(place recordPlace, payload []byte) error {
 }
 
 // frameToMove reads a task back and makes a record of its present state.
-func (t *liveEntry) frameToMove() ([]byte, error) {
-	payload, err := readRecord(t.place)
+func frameToMove(place recordPlace, run *runState) ([]byte, error) {
+	payload, err := readRecord(place)
 	if err != nil {
 		return nil, err
 	}
@@ -312,7 +314,7 @@ func (t *liveEntry) frameToMove() ([]byte, error) {
 	if !ok {
 		return nil, errRecordDamaged
 	}
-	return rec.frame(t.run)
+	return rec.frame(run)
 }
 
 func (rec *journalRecord) frame(run *runState) ([]byte, error) {
@@ -320,11 +322,4 @@ func (rec *journalRecord) frame(run *runState) ([]byte, error) {
 		Held: rec.held && !run.isAdopted(), CreatedAt: fromNanos(rec.created)}
 	t.setRun(run)
 	return taskFrame(rec.order, t, rec.data)
-}
-
-// move needs mu.
-func (j *journal) move(id string, place recordPlace) {
-	run := j.tasks[id].run
-	j.drop(id)
-	j.keep(id, liveEntry{place, run})
 }

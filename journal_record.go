@@ -60,6 +60,9 @@ func (r *runState) retry(due time.Time) {
 	r.due = due
 }
 
+// hasEnded reports whether the task of a state, which may be nil, has finished and is not reported yet.
+func (r *runState) hasEnded() bool { return r != nil && r.outcome != nil }
+
 func (r *runState) isAdopted() bool { return r != nil && r.adopted }
 
 // newFrame begins a frame of a kind with room for size bytes of payload.
@@ -225,15 +228,10 @@ func readTaskRecord(payload []byte) (rec journalRecord, ok bool) {
 	return rec, !r.bad && len(rec.id) > 0
 }
 
-// A liveEntry is what is kept in memory of a task: where its record lies, and what has happened since.
-type liveEntry struct {
-	place recordPlace
-	run   *runState // nil when nothing has happened to it yet
-}
-
-// A replayedTask is a liveEntry with what the caller of openJournal wants to know besides.
+// A replayedTask is what is kept of a task, and what the caller of openJournal wants to know besides.
 type replayedTask struct {
-	liveEntry
+	place          recordPlace
+	run            *runState // nil when nothing has happened to it yet
 	order          uint64
 	subject, event string
 	created        int64
@@ -256,8 +254,7 @@ func (j *journalReplay) apply(place recordPlace, payload []byte) {
 			return
 		}
 		j.tasks[string(rec.id)] = &replayedTask{
-			liveEntry: liveEntry{place, rec.run},
-			order:     rec.order, created: rec.created, held: rec.held,
+			place: place, run: rec.run, order: rec.order, created: rec.created, held: rec.held,
 			subject: j.intern(rec.subject), event: j.intern(rec.event),
 		}
 		if rec.order < 1<<62 {
@@ -314,7 +311,7 @@ func (j *journalReplay) apply(place recordPlace, payload []byte) {
 }
 
 // changed is the task's state, to be changed.
-func (t *liveEntry) changed() *runState {
+func (t *replayedTask) changed() *runState {
 	if t.run == nil {
 		t.run = new(runState)
 	}

@@ -210,11 +210,12 @@ func (j *journal) replaceTail() error {
 	if len(j.outcomes.ring) > 0 && err == nil {
 		_, err = write(j.outcomes.frame())
 	}
-	for id, t := range j.tasks {
-		if t.run == nil && !t.place.segment.suspect || err != nil {
+	for id, place := range j.tasks {
+		run := j.runs[id]
+		if run == nil && !place.segment.suspect || err != nil {
 			continue
 		}
-		if frame, damaged := t.frameToMove(); damaged == nil {
+		if frame, damaged := frameToMove(place, run); damaged == nil {
 			moved[id], err = write(frame)
 		}
 	}
@@ -239,7 +240,7 @@ func (j *journal) replaceTail() error {
 	j.segments = append(j.segments, s)
 	for id, place := range moved {
 		j.move(id, place)
-		if run := j.tasks[id].run; run != nil {
+		if run := j.runs[id]; run != nil {
 			run.unsynced = false
 		}
 	}

@@ -548,7 +548,7 @@ func TestJournalCompactsAroundDamage(t *testing.T) {
 	dir := t.TempDir()
 	j, _ := mustOpenJournal(t, dir, smallJournal)
 	mustAccept(t, j, "damaged", "some data")
-	place := j.tasks["damaged"].place
+	place := j.tasks["damaged"]
 	f, err := os.OpenFile(place.segment.path, os.O_RDWR, 0)
 	must(t, err)
 	_, err = f.WriteAt([]byte("X"), place.offset+place.bytes()-1)
@@ -875,7 +875,7 @@ func FuzzJournal(f *testing.F) {
 				t.Fatal(err)
 			}
 		}
-		_, known := j.task("after")
+		_, known := j.place("after")
 		if !known {
 			mustAccept(t, j, "after", "new")
 		}
