@@ -197,6 +197,7 @@ func (p *workerProcess) run(ctx context.Context) error {
 
 	alive := time.NewTicker(alivePause)
 	defer alive.Stop()
+	garbage := newGarbageLimit(os.LookupEnv)
 	var failed error
 	for p.notify(p.aliveNotice()); !p.stopping() && failed == nil; {
 		select {
@@ -205,6 +206,7 @@ func (p *workerProcess) run(ctx context.Context) error {
 				w.makesProgress()
 			}
 			p.notify(p.aliveNotice())
+			garbage.adjust()
 		case failed = <-served:
 		case <-p.stop:
 		}

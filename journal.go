@@ -42,6 +42,7 @@ type journal struct {
 	mu           sync.Mutex             // guards all below, and what the segments and the tasks hold
 	segments     []*segment             // oldest first; the last is written to
 	tasks        map[string]recordPlace // the live ones: where their records lie
+	mostTasks    int                    // for shrunk
 	runs         map[string]*runState   // what has happened to them since; most wait, and have none
 	outcomes     outcomeMemory
 	lastNumber   uint64 // of a segment
@@ -517,6 +518,7 @@ func (j *journal) drop(id string) {
 		j.leave(place)
 		delete(j.tasks, id)
 		delete(j.runs, id)
+		j.tasks = shrunk(j.tasks, &j.mostTasks)
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"log/slog"
 	"path/filepath"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -55,6 +56,7 @@ type worker struct {
 	mu         sync.Mutex // guards what follows
 	state      workerState
 	known      map[string]*task  // accepted and not yet reported
+	mostKnown  int               // for shrunk
 	perEvent   map[string]int    // how many of them a job has, and of those whose holder is looked for
 	controlled int               // of them, those whose control subjects are listened on
 	link       *brokerLink       // in use
@@ -119,10 +121,32 @@ func newWorker(cfg *Config, baseURL string, recs *records, bus *eventBus, orders
 	return w, nil
 }
 
-// open opens the journal, ends what a dead worker left running, takes up its unfinished tasks and begins to consume.
-// While the journal or the records cannot be opened it says why in the health and tries again, until ctx ends. It
-// returns once the broker has taken every subscription.
+// open opens journal and records, takes up the unfinished tasks and begins to consume. It returns once the broker has
+// taken every subscription.
 func (w *worker) open(ctx context.Context) error {
+	if err := w.openStores(ctx); err != nil {
+		return err
+	}
+	w.changing.Lock()
+	w.mu.Lock()
+	w.state = stateConsuming
+	link := w.link
+	w.mu.Unlock()
+	w.begin(link)
+	w.changing.Unlock()
+	close(w.opened)
+	debug.FreeOSMemory() // reading journal and records takes far more than what is kept of them
+	select {
+	case <-w.ready:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// openStores opens the journal, ends what a dead worker left running and takes up its unfinished tasks. While the journal
+// or the records cannot be opened it says why in the health and tries again, until ctx ends.
+func (w *worker) openStores(ctx context.Context) error {
 	var found []journalTask
 	err := w.patiently(ctx, "journal", func() (err error) {
 		w.journal, found, err = openJournal(filepath.Join(w.config().DataDir, "journal"))
@@ -140,20 +164,7 @@ func (w *worker) open(ctx context.Context) error {
 	}
 	w.bus.subscribe(w.report)
 	w.recover(found)
-	w.changing.Lock()
-	w.mu.Lock()
-	w.state = stateConsuming
-	link := w.link
-	w.mu.Unlock()
-	w.begin(link)
-	w.changing.Unlock()
-	close(w.opened)
-	select {
-	case <-w.ready:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
+	return nil
 }
 
 // patiently opens something that the disk may not give just now. An error is ctx's end.
@@ -415,6 +426,7 @@ func (w *worker) forget(id string) *task {
 	w.mu.Lock()
 	t := w.known[id]
 	delete(w.known, id)
+	w.known = shrunk(w.known, &w.mostKnown)
 	var uncontrol func()
 	released := false
 	if t != nil {
