@@ -1,295 +1,380 @@
-//go:build unix
+//go:build linux
 
 package main
 
-// bench_test.go measures the whole worker beside the least that anybody could do: a bare loop that starts the same
-// command at the same concurrency, with its own process group, captured output and a data file. Both are measured in
-// turns, in one run, since machines differ and change.
+// bench_test.go measures job_item as a user has it beside the least that anybody could do, a bare loop that starts the
+// same command at the same concurrency with a process group of its own, captured output and a data file, and beside
+// other programs that run commands when told to. ./bench.sh runs it. Machines differ and change: everybody takes turns
+// in every round, right after the bare loop, and only what both did then is compared.
 
 import (
-	"bytes"
+	"bufio"
 	"fmt"
 	"io"
-	"net"
-	"net/http"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
-	"sync"
-	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 )
 
-const benchData = `{"text":"` + "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef" + `"}`
+// A bench is one run of the benchmark.
+type bench struct {
+	binary    string // the job_item under test
+	peers     string // folder of the peers' programs
+	raw, rawC string // the bare loops; rawC is "" where there is no C compiler
+	folder    string // of the bare loops' data files
+	rounds    int
+	tasks     int // in each burst
+	idleTasks int // one at a time
+	flood     int // bytes that a task prints, and save copies
+	waiting   int // tasks that wait while memory is looked at
 
-// rawLoop runs `true` n times, so many at once.
-func rawLoop(b *testing.B, dir string, n, concurrency int) time.Duration {
-	b.Helper()
-	path, err := exec.LookPath("true")
+	brokers     []benchBroker
+	contestants []contestant
+	report      *benchReport
+}
+
+// A contestant runs commands when it is told to.
+type contestant struct {
+	name  string
+	start func(t *testing.T, concurrency int) benchRunner // skips the test where it is not installed
+	ours  bool
+}
+
+// A benchRunner is a contestant at work, until the test ends.
+type benchRunner interface {
+	burst(n int) benchBurst      // runs `true` so often, as fast as it can
+	once(id string) benchLatency // runs it once, when nothing else is to be done
+	processes() []int            // its own, without the commands
+}
+
+// A benchBurst is what running many tasks took, from the moment when the first may begin to when the last has ended.
+type benchBurst struct {
+	took time.Duration
+	use  processorUse
+	lost int
+}
+
+// A benchLatency is what one task took, from its trigger on. Zero is what the contestant cannot be asked for.
+type benchLatency struct {
+	trip    time.Duration // a message to the broker and back, without it
+	started time.Duration // until the command ran
+	ended   time.Duration // until its end was heard of
+}
+
+func TestBench(t *testing.T) {
+	if os.Getenv("BENCH_BINARY") == "" {
+		t.Skip("./bench.sh runs it")
+	}
+	b := newBench(t)
+	for round := range b.rounds {
+		for _, concurrency := range benchConcurrencies {
+			for _, c := range b.turn(round) {
+				b.measure(t, round, fmt.Sprintf("%d at once, %s", concurrency, c.name), func(t *testing.T) { b.throughput(t, c, concurrency) })
+			}
+		}
+		for _, c := range b.turn(round) {
+			b.measure(t, round, "idle, "+c.name, func(t *testing.T) { b.idle(t, c) })
+		}
+		for _, m := range benchRest {
+			b.measure(t, round, m.name, func(t *testing.T) { m.run(b, t) })
+		}
+	}
+	b.measure(t, b.rounds-1, "tasks waiting", b.waitingMemory)
+	if err := b.report.write(os.Stdout, os.Getenv("BENCH_OUT")); err != nil {
+		t.Error(err)
+	}
+}
+
+var benchConcurrencies = []int{1, 2, 8, 64}
+
+func newBench(t *testing.T) *bench {
+	b := &bench{
+		binary: os.Getenv("BENCH_BINARY"), peers: os.Getenv("BENCH_PEERS"), folder: t.TempDir(),
+		rounds: envNumber(t, "ROUNDS", 5), tasks: envNumber(t, "TASKS", 2000), idleTasks: envNumber(t, "IDLE_TASKS", 500),
+		flood: envNumber(t, "FLOOD", 1_000_000_000), waiting: envNumber(t, "WAITING", 100_000),
+	}
+	b.raw = filepath.Join(b.folder, "raw")
+	build := exec.Command("go", "build", "-o", b.raw, "testdata/bench/raw.go")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build the bare loop: %v\n%s", err, out)
+	}
+	b.brokers = startBenchBrokers(t)
+	b.report = newBenchReport(b)
+	if gcc, err := exec.LookPath("gcc"); err != nil {
+		b.report.missing("no gcc: the loop in C is left out")
+	} else {
+		b.rawC = filepath.Join(b.folder, "raw-c")
+		if out, err := exec.Command(gcc, "-O2", "-pthread", "-o", b.rawC, "testdata/bench/raw.c").CombinedOutput(); err != nil {
+			t.Fatalf("build the bare loop in C: %v\n%s", err, out)
+		}
+		b.contestants = append(b.contestants, contestant{name: benchC, start: b.startRawC})
+	}
+	b.contestants = append(b.contestants, b.workerOn(nil))
+	for i := range b.brokers {
+		b.contestants = append(b.contestants, b.workerOn(&b.brokers[i]))
+	}
+	b.contestants = append(b.contestants, b.benchPeers(t)...)
+	return b
+}
+
+// envNumber reads a number from the environment.
+func envNumber(t *testing.T, name string, standard int) int {
+	t.Helper()
+	text := os.Getenv(name)
+	if text == "" {
+		return standard
+	}
+	n, err := strconv.Atoi(text)
+	if err != nil || n < 1 {
+		t.Fatalf("%s=%q is no count", name, text)
+	}
+	return n
+}
+
+// turn is the contestants in the order of a round: another one begins each time.
+func (b *bench) turn(round int) []contestant {
+	first := round % len(b.contestants)
+	return slices.Concat(b.contestants[first:], b.contestants[:first])
+}
+
+// measure runs one measurement, whose failure does not end the others.
+func (b *bench) measure(t *testing.T, round int, name string, run func(t *testing.T)) {
+	began := time.Now()
+	ok := t.Run(fmt.Sprintf("round %d, %s", round+1, name), run)
+	state := ""
+	if !ok {
+		state = " FAILED"
+	}
+	fmt.Fprintf(os.Stderr, "round %d of %d: %s, %.1f s%s\n", round+1, b.rounds, name, time.Since(began).Seconds(), state)
+}
+
+// throughput has a contestant run its tasks so many at once, after the bare loop.
+func (b *bench) throughput(t *testing.T, c contestant, concurrency int) {
+	runner := c.start(t, concurrency)
+	if warm := runner.burst(max(b.tasks/20, concurrency)); warm.lost > 0 {
+		t.Errorf("%d tasks were lost", warm.lost)
+	}
+	raw := b.rawLoop(t, b.tasks, concurrency, "true")
+	got := runner.burst(b.tasks)
+	if got.lost > 0 {
+		t.Errorf("%d of %d tasks were lost", got.lost, b.tasks)
+	}
+	sheet := b.report.throughput(concurrency)
+	for _, row := range []struct {
+		name string
+		benchBurst
+	}{{benchRaw, raw}, {c.name, got}} {
+		each := func(d time.Duration) float64 { return d.Seconds() * 1000 / float64(b.tasks) }
+		sheet.add(row.name, "tasks/s", float64(b.tasks)/row.took.Seconds())
+		sheet.add(row.name, "CPU own", each(row.use.own))
+		sheet.add(row.name, "CPU all", each(row.use.own+row.use.commands))
+		sheet.add(row.name, "lost", float64(row.lost))
+	}
+	sheet.add(c.name, "ratio", raw.took.Seconds()/got.took.Seconds())
+	sheet.add(c.name, "CPU ratio", (got.use.own+got.use.commands).Seconds()/(raw.use.own+raw.use.commands).Seconds())
+}
+
+// idle looks at a contestant that has nothing to do, and then triggers one task at a time.
+func (b *bench) idle(t *testing.T, c contestant) {
+	const concurrency = 8
+	runner := c.start(t, concurrency)
+	if own := runner.processes(); len(own) > 0 {
+		b.report.memory.add(c.name, "idle", leastMemory(t, own))
+	}
+	raw := b.serveRaw(t, "true")
+	var bare, trips, started, ended []float64
+	add := func(list *[]float64, d time.Duration) {
+		if d > 0 {
+			*list = append(*list, d.Seconds()*1000)
+		}
+	}
+	for i := range b.idleTasks {
+		began, end, _ := raw.once(t)
+		add(&bare, end.Sub(began))
+		got := runner.once(fmt.Sprintf("idle-%d-%d", time.Now().UnixNano(), i))
+		add(&trips, got.trip)
+		add(&started, got.started)
+		add(&ended, got.ended)
+	}
+	if len(ended) == 0 {
+		return // it cannot be triggered
+	}
+	sheet := b.report.latency
+	sheet.add(benchRaw, "ended p50", quantile(bare, 0.5))
+	sheet.add(benchRaw, "ended p99", quantile(bare, 0.99))
+	sheet.add(c.name, "ended p50", quantile(ended, 0.5))
+	sheet.add(c.name, "ended p99", quantile(ended, 0.99))
+	if len(started) > 0 {
+		sheet.add(c.name, "trip p50", quantile(trips, 0.5))
+		sheet.add(c.name, "started p50", quantile(started, 0.5))
+		sheet.add(c.name, "started p99", quantile(started, 0.99))
+		sheet.add(c.name, "beyond", quantile(ended, 0.5)-quantile(bare, 0.5)-quantile(trips, 0.5))
+	}
+	if c.name == benchLocal { // once a round is enough
+		date := b.serveRaw(t, "date", "+%s.%N")
+		var dates []float64
+		for range b.idleTasks {
+			began, _, output := date.once(t)
+			add(&dates, dateIn(t, output).Sub(began))
+		}
+		sheet.add(benchRaw, "started p50", quantile(dates, 0.5))
+		sheet.add(benchRaw, "started p99", quantile(dates, 0.99))
+	}
+}
+
+// rawLoop runs the bare loop.
+func (b *bench) rawLoop(t *testing.T, n, concurrency int, command ...string) benchBurst {
+	t.Helper()
+	return runRaw(t, b.raw, append([]string{
+		"-tasks", strconv.Itoa(n), "-at-once", strconv.Itoa(concurrency), "-folder", b.folder,
+		"-data", strconv.Itoa(len(benchData)), "--",
+	}, command...)...)
+}
+
+// runRaw runs a bare loop and reads what it says of itself.
+func runRaw(t *testing.T, program string, args ...string) benchBurst {
+	t.Helper()
+	out, err := exec.Command(program, args...).Output()
 	if err != nil {
-		b.Fatal(err)
+		t.Fatalf("bare loop: %v", err)
 	}
-	began := time.Now()
-	var next atomic.Int64
-	var wg sync.WaitGroup
-	for range concurrency {
-		wg.Add(1)
-		go func() { // ends when n are done
-			defer wg.Done()
-			for {
-				i := next.Add(1)
-				if i > int64(n) {
-					return
-				}
-				file := filepath.Join(dir, fmt.Sprintf("raw-%d.json", i))
-				if err := os.WriteFile(file, []byte(benchData), 0o600); err != nil {
-					b.Error(err)
-					return
-				}
-				var out, errOut bytes.Buffer
-				cmd := exec.Command(path)
-				cmd.Stdout, cmd.Stderr = &out, &errOut
-				cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-				if err := cmd.Run(); err != nil {
-					b.Error(err)
-					return
-				}
-				os.Remove(file)
-			}
-		}()
+	var took, own, commands float64
+	if _, err := fmt.Sscan(string(out), &took, &own, &commands); err != nil {
+		t.Fatalf("bare loop says %q: %v", out, err)
 	}
-	wg.Wait()
-	return time.Since(began)
+	return benchBurst{seconds(took), processorUse{seconds(own), seconds(commands)}, 0}
 }
 
-// createAll creates n tasks by so many clients and gives how long that took.
-func (a *agent) createAll(b *testing.B, event string, n, clients int) time.Duration {
-	b.Helper()
-	body := fmt.Sprintf(`{"event":%q,"form_body":%s}`, event, benchData)
-	transport := &http.Transport{MaxIdleConnsPerHost: clients}
-	defer transport.CloseIdleConnections()
-	client := &http.Client{Transport: transport}
-	began := time.Now()
-	var next atomic.Int64
-	var wg sync.WaitGroup
-	for range clients {
-		wg.Add(1)
-		go func() { // ends when n are done
-			defer wg.Done()
-			for next.Add(1) <= int64(n) {
-				resp, err := client.Post(a.url+"/job/create", "application/json", strings.NewReader(body))
-				if err != nil {
-					b.Error(err)
-					return
-				}
-				if resp.Body.Close(); resp.StatusCode != 200 {
-					b.Errorf("create = %d", resp.StatusCode)
-					return
-				}
-			}
-		}()
+func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
+
+// rawCRunner is the bare loop in C.
+type rawCRunner struct {
+	b           *bench
+	t           *testing.T
+	concurrency int
+}
+
+func (b *bench) startRawC(t *testing.T, concurrency int) benchRunner {
+	return &rawCRunner{b, t, concurrency}
+}
+
+func (r *rawCRunner) burst(n int) benchBurst {
+	return runRaw(r.t, r.b.rawC, strconv.Itoa(n), strconv.Itoa(r.concurrency), strconv.Itoa(len(benchData)), r.b.folder, "true")
+}
+
+func (r *rawCRunner) once(string) benchLatency { return benchLatency{} }
+func (r *rawCRunner) processes() []int         { return nil }
+
+// A rawServer is the bare loop that waits for its turns.
+type rawServer struct {
+	in  io.Writer
+	out *bufio.Reader
+}
+
+func (b *bench) serveRaw(t *testing.T, command ...string) *rawServer {
+	t.Helper()
+	cmd := exec.Command(b.raw, append([]string{"-serve", "-folder", b.folder, "-data", strconv.Itoa(len(benchData)), "--"}, command...)...)
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
 	}
-	wg.Wait()
-	return time.Since(began)
-}
-
-func (a *agent) finished() int { return a.health().Jobs["finish"] }
-
-// BenchmarkTrue is tasks per second through create → finished on the embedded queue, and its ratio to the raw loop.
-func BenchmarkTrue(b *testing.B) {
-	for _, concurrency := range []int{1, 8} {
-		b.Run(fmt.Sprintf("concurrency=%d", concurrency), func(b *testing.B) {
-			const tasks, rounds = 400, 5
-			a := newAgent(b, fmt.Sprintf("concurrency: %d\njobs:\n  - {event: nothing, cmd: 'true'}\n", concurrency))
-			a.env = []string{"LOG_LEVEL=WARN"}
-			a.launch()
-			waitFor(b, 10*time.Second, func() string { return strings.TrimPrefix("ok", a.health().Status) })
-			dir := b.TempDir()
-			for range b.N {
-				var raw, ours, ratios []float64
-				for range rounds {
-					rawRate := tasks / rawLoop(b, dir, tasks, concurrency).Seconds()
-					before := a.finished()
-					began := time.Now()
-					a.createAll(b, "nothing", tasks, 8)
-					waitFor(b, time.Minute, func() string {
-						if done := a.finished() - before; done < tasks {
-							return fmt.Sprintf("%d of %d tasks finished", done, tasks)
-						}
-						return ""
-					})
-					rate := tasks / time.Since(began).Seconds()
-					raw, ours, ratios = append(raw, rawRate), append(ours, rate), append(ratios, rate/rawRate)
-				}
-				b.ReportMetric(median(raw), "raw/s")
-				b.ReportMetric(median(ours), "tasks/s")
-				b.ReportMetric(median(ratios), "ratio")
-			}
-		})
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
 	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { in.Close(); cmd.Wait() })
+	return &rawServer{in, bufio.NewReader(out)}
 }
 
-// BenchmarkCreate is creates per second with 64 clients, while nothing is started.
-func BenchmarkCreate(b *testing.B) {
-	a := newAgent(b, "take_when: {disk_free: 1000000GiB}\njobs:\n  - {event: nothing, cmd: 'true'}\n")
-	a.env = []string{"LOG_LEVEL=ERROR"}
-	a.start()
-	waitFor(b, 10*time.Second, func() string { return strings.TrimPrefix("degraded", string(a.health().Status)) })
-	b.ResetTimer()
-	took := a.createAll(b, "nothing", b.N, 64)
-	b.ReportMetric(float64(b.N)/took.Seconds(), "creates/s")
+// once has the command run once.
+func (s *rawServer) once(t *testing.T) (began, ended time.Time, output string) {
+	t.Helper()
+	io.WriteString(s.in, "\n")
+	line, err := s.out.ReadString('\n')
+	var from, to int64
+	if err == nil {
+		_, err = fmt.Sscan(line, &from, &to)
+	}
+	if err != nil {
+		t.Fatalf("bare loop says %q: %v", line, err)
+	}
+	words := strings.Fields(line)
+	return time.Unix(0, from), time.Unix(0, to), strings.Join(words[2:], " ")
 }
 
-func median(values []float64) float64 {
+// dateIn reads what `date +%s.%N` has printed.
+func dateIn(t testing.TB, text string) time.Time {
+	t.Helper()
+	var s, ns int64
+	if _, err := fmt.Sscanf(text, "%d.%d", &s, &ns); err != nil {
+		t.Fatalf("date printed %q", text)
+	}
+	return time.Unix(s, ns)
+}
+
+// processorUse is CPU time: of processes themselves, and of the commands that they have waited for.
+type processorUse struct{ own, commands time.Duration }
+
+func (u processorUse) since(before processorUse) processorUse {
+	return processorUse{u.own - before.own, u.commands - before.commands}
+}
+
+// usedBy sums over processes.
+func usedBy(t testing.TB, pids []int) (sum processorUse) {
+	t.Helper()
+	const tick = time.Second / 100 // USER_HZ
+	for _, pid := range pids {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		fields := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:])) // from the third on: proc(5)
+		number := func(i int) time.Duration {
+			n, _ := strconv.ParseInt(fields[i-3], 10, 64)
+			return time.Duration(n) * tick
+		}
+		sum.own += number(14) + number(15)
+		sum.commands += number(16) + number(17)
+	}
+	return sum
+}
+
+// memoryOfAll is the proportional set size of processes, in MB.
+func memoryOfAll(t testing.TB, pids []int) (megabytes float64) {
+	t.Helper()
+	for _, pid := range pids {
+		h, err := holdingsOf(pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		megabytes += float64(h.memory) / 1e6
+	}
+	return megabytes
+}
+
+// leastMemory is the least that is seen within a while, since what is not needed any more is let go with a delay.
+func leastMemory(t testing.TB, pids []int) float64 {
+	t.Helper()
+	least := math.Inf(1)
+	for deadline := time.Now().Add(1500 * time.Millisecond); time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
+		least = min(least, memoryOfAll(t, pids))
+	}
+	return least
+}
+
+func quantile(values []float64, q float64) float64 {
 	sorted := slices.Sorted(slices.Values(values))
-	return sorted[len(sorted)/2]
+	return sorted[min(int(q*float64(len(sorted))), len(sorted)-1)]
 }
 
-// BenchmarkBroker is the same on each broker: tasks per second, and when idle the time from the publishing of a task to
-// the arrival of its _finish, beside the time of the bare command and of a message through the broker and back.
-func BenchmarkBroker(b *testing.B) {
-	for _, kind := range brokerKinds {
-		b.Run(kind.name, func(b *testing.B) { benchmarkBroker(b, kind) })
-	}
-}
-
-func benchmarkBroker(b *testing.B, kind brokerKind) {
-	const tasks, rounds, idleTasks, concurrency = 400, 3, 100, 8
-	server := kind.start(b)
-	a := newAgent(b, fmt.Sprintf("identity_id: bench\ncredential: {project_id: p1}\nbroker_connection: %s\n"+
-		"concurrency: %d\njobs:\n  - {event: nothing, cmd: 'true'}\n", kind.connection(server), concurrency))
-	a.env = []string{"LOG_LEVEL=WARN"}
-	a.launch()
-	waitFor(b, 20*time.Second, func() string { return strings.TrimPrefix("ok", a.health().Status) })
-	cfg, err := loadConfig(filepath.Join(a.dir, "config.yaml"), os.LookupEnv)
-	if err != nil {
-		b.Fatal(err)
-	}
-	manager := openForTest(b, cfg.Broker, "p1", "manager")
-	publish := func(messages ...Message) {
-		b.Helper()
-		if _, err := manager.Publish(b.Context(), messages...); err != nil {
-			b.Fatal(err)
-		}
-	}
-	task := func(id string) Message {
-		return Message{Subject: "p1.nothing", Task: true, Data: fmt.Appendf(nil, `{"task_id":%q,"data":%s}`, id, benchData)}
-	}
-	dir := b.TempDir()
-	for n := range b.N {
-		var raw, ours, ratios []float64
-		for round := range rounds {
-			rawRate := tasks / rawLoop(b, dir, tasks, concurrency).Seconds()
-			before := a.finished()
-			began := time.Now()
-			for i := range tasks {
-				publish(task(fmt.Sprintf("b-%d-%d-%d", n, round, i)))
-			}
-			waitFor(b, time.Minute, func() string {
-				if done := a.finished() - before; done < tasks {
-					return fmt.Sprintf("%d of %d tasks finished", done, tasks)
-				}
-				return ""
-			})
-			rate := tasks / time.Since(began).Seconds()
-			raw, ours, ratios = append(raw, rawRate), append(ours, rate), append(ratios, rate/rawRate)
-		}
-
-		arrived := make(chan string, idleTasks)
-		for i := range idleTasks {
-			for _, subject := range []string{fmt.Sprintf("i-%d-%d_finish", n, i), fmt.Sprintf("i-%d-%d_echo", n, i)} {
-				unsubscribe := manager.Subscribe(subject, func([]byte) { arrived <- subject })
-				defer unsubscribe()
-			}
-		}
-		time.Sleep(2 * time.Second) // the subscriptions take effect some time later and tell nobody
-		var bare, trips, finishes []float64
-		timed := func(list *[]float64, do func()) {
-			began := time.Now()
-			do()
-			*list = append(*list, float64(time.Since(began).Microseconds())/1000)
-		}
-		for i := range idleTasks {
-			id := fmt.Sprintf("i-%d-%d", n, i)
-			timed(&bare, func() { rawLoop(b, dir, 1, 1) })
-			timed(&trips, func() {
-				publish(Message{Subject: id + "_echo", Data: []byte("x")})
-				<-arrived
-			})
-			timed(&finishes, func() {
-				publish(task(id))
-				<-arrived
-			})
-		}
-		b.ReportMetric(median(raw), "raw/s")
-		b.ReportMetric(median(ours), "tasks/s")
-		b.ReportMetric(median(ratios), "ratio")
-		b.ReportMetric(median(bare), "bare-ms")
-		b.ReportMetric(median(trips), "trip-ms")
-		b.ReportMetric(median(finishes), "finish-ms")
-	}
-}
-
-// BenchmarkEventReaders is what 200 readers of /events and one that never reads cost: tasks per second with them and
-// without, in turns, and the ratio. The readers are in this process, and take their share of the same processors.
-func BenchmarkEventReaders(b *testing.B) {
-	const tasks, rounds, readers = 2000, 5, 200
-	a := newAgent(b, "concurrency: 8\njobs:\n  - {event: nothing, cmd: 'true'}\n")
-	a.env = []string{"LOG_LEVEL=WARN"}
-	a.launch()
-	waitFor(b, 10*time.Second, func() string { return strings.TrimPrefix("ok", a.health().Status) })
-	run := func() float64 {
-		before := a.finished()
-		began := time.Now()
-		a.createAll(b, "nothing", tasks, 8)
-		waitFor(b, time.Minute, func() string {
-			if done := a.finished() - before; done < tasks {
-				return fmt.Sprintf("%d of %d tasks finished", done, tasks)
-			}
-			return ""
-		})
-		return tasks / time.Since(began).Seconds()
-	}
-	for range b.N {
-		var alone, watched, ratios []float64
-		for range rounds {
-			alone = append(alone, run())
-			var wg sync.WaitGroup
-			var conns []net.Conn
-			var read atomic.Int64
-			for i := range readers + 1 {
-				conn, err := net.Dial("tcp", strings.TrimPrefix(a.url, "http://"))
-				if err != nil {
-					b.Fatal(err)
-				}
-				conns = append(conns, conn)
-				fmt.Fprintf(conn, "GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
-				if i == readers {
-					break // the one that never reads
-				}
-				wg.Add(1)
-				go func() { // ends with the connection
-					defer wg.Done()
-					n, _ := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{conn}, make([]byte, 64<<10))
-					read.Add(n)
-				}()
-			}
-			watched = append(watched, run())
-			ratios = append(ratios, watched[len(watched)-1]/alone[len(alone)-1])
-			for _, conn := range conns {
-				conn.Close()
-			}
-			wg.Wait()
-			if false {
-				b.Errorf("%d readers have read %d bytes in all of %d tasks", readers, read.Load(), tasks)
-			}
-		}
-		b.ReportMetric(median(alone), "alone/s")
-		b.ReportMetric(median(watched), "watched/s")
-		b.ReportMetric(median(ratios), "ratio")
-	}
-}
+func median(values []float64) float64 { return quantile(values, 0.5) }
