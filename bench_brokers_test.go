@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -61,18 +62,19 @@ func hear(events chan<- benchHeard, subject, data string) {
 
 func newHeard() chan benchHeard { return make(chan benchHeard, 1<<16) }
 
-// startBenchBrokers starts a private server of each kind, for as long as the benchmark runs.
+// startBenchBrokers starts a private server of each kind, for as long as the benchmark runs. None serves two kinds: a
+// stream would take what is sent plainly, too.
 func startBenchBrokers(t testing.TB) []benchBroker {
-	natsServer := newNATSServer(t, "-js", "-sd", t.TempDir())
+	plainNATS, jetStream := newNATSServer(t), newNATSServer(t, "-js", "-sd", t.TempDir())
+	plainRedis, streams := newRedisServer(t, "--appendonly", "no"), newRedisServer(t, "--appendfsync", "everysec")
 	rabbit := newRabbitVHost(t)
-	redisServer := newRedisServer(t, "--appendfsync", "everysec")
 	durably := func(connection string) string { return strings.TrimSuffix(connection, "}") + ", durable: true}" }
 	return []benchBroker{
-		{"NATS", natsServer.connection(), false, func(t testing.TB) benchWire { return openNATSWire(t, natsServer, false) }},
-		{"NATS durable", durably(natsServer.connection()), true, func(t testing.TB) benchWire { return openNATSWire(t, natsServer, true) }},
+		{"NATS", plainNATS.connection(), false, func(t testing.TB) benchWire { return openNATSWire(t, plainNATS, false) }},
+		{"NATS durable", durably(jetStream.connection()), true, func(t testing.TB) benchWire { return openNATSWire(t, jetStream, true) }},
 		{"RabbitMQ", rabbit.connection(), true, func(t testing.TB) benchWire { return openRabbitWire(t, rabbit) }},
-		{"Redis", redisServer.connection(), false, func(t testing.TB) benchWire { return openRedisWire(t, redisServer, false) }},
-		{"Redis durable", durably(redisServer.connection()), true, func(t testing.TB) benchWire { return openRedisWire(t, redisServer, true) }},
+		{"Redis", plainRedis.connection(), false, func(t testing.TB) benchWire { return openRedisWire(t, plainRedis, false) }},
+		{"Redis durable", durably(streams.connection()), true, func(t testing.TB) benchWire { return openRedisWire(t, streams, true) }},
 	}
 }
 
@@ -355,8 +357,9 @@ type benchManager interface {
 
 // A brokerManager does so through a broker.
 type brokerManager struct {
-	t    testing.TB
-	wire benchWire
+	t       testing.TB
+	wire    benchWire
+	echoing sync.Once
 }
 
 func (m *brokerManager) send(event, prefix string, n int) {
@@ -400,6 +403,7 @@ func (m *brokerManager) once(event, id string) (triggered, ended time.Time, outp
 }
 
 func (m *brokerManager) trip(id string) time.Duration {
+	m.echoing.Do(func() { m.wire.echo(m.t) })
 	sent, back, _ := m.exchange(benchEcho, id)
 	return back.Sub(sent)
 }
@@ -475,15 +479,4 @@ func (m *localManager) trip(string) time.Duration {
 	began := time.Now()
 	m.a.getJSON("/health", &struct{}{})
 	return time.Since(began)
-}
-
-// awaitCount waits until the worker counts so many tasks in a status.
-func (a *agent) awaitCount(status string, n int) {
-	a.t.Helper()
-	waitFor(a.t, benchPatience, func() string {
-		if count := a.health().Jobs[status]; count < n {
-			return fmt.Sprintf("%d of %d tasks are %s\n%s", count, n, status, a.log)
-		}
-		return ""
-	})
 }

@@ -32,6 +32,7 @@ type benchReport struct {
 	perSlots map[int]*benchSheet
 	latency  *benchSheet
 	memory   *benchSheet
+	journal  *benchSheet
 	rest     *benchSheet
 }
 
@@ -63,8 +64,10 @@ func newBenchReport(b *bench) *benchReport {
 		benchColumn{"started p99", "p99", 2, true}, benchColumn{"ended p50", "end heard of, p50", 2, false},
 		benchColumn{"ended p99", "p99", 2, true}, benchColumn{"beyond", "beyond command and broker", 2, false})
 	r.memory = newSheet("Memory, MB (proportional set size of all its processes)",
-		benchColumn{"idle", "idle, 8 slots", 1, false}, benchColumn{"loaded", "running 8 at once", 1, false},
+		benchColumn{"idle 1", "idle, 1 slot", 1, false}, benchColumn{"idle 8", "idle, 8 slots", 1, false}, benchColumn{"loaded", "running 8 at once", 1, false},
 		benchColumn{"waiting", thousands(float64(b.waiting)) + " tasks of 1 KiB waiting", 1, false})
+	r.journal = newSheet("The journal, for each task from its acceptance to its end, 8 at once",
+		benchColumn{"syncs", "syncs", 2, false}, benchColumn{"entries", "entries", 2, true}, benchColumn{"bytes", "bytes", 0, false})
 	r.rest = newSheet("The rest",
 		benchColumn{"beside", "beside", 2, false}, benchColumn{"job_item", "job_item", 2, false}, benchColumn{"ratio", "ratio", 2, false})
 	return r
@@ -79,7 +82,7 @@ func (r *benchReport) sheets() (all []*benchSheet) {
 	for _, n := range benchConcurrencies {
 		all = append(all, r.perSlots[n])
 	}
-	return append(all, r.latency, r.memory, r.rest)
+	return append(all, r.latency, r.memory, r.journal, r.rest)
 }
 
 func (r *benchReport) throughput(concurrency int) *benchSheet { return r.perSlots[concurrency] }
@@ -213,8 +216,8 @@ posix_spawn.
 job_item is the binary of build.sh with its usual settings. Its tasks wait before the clock starts: all slots are held by
 commands that read from a pipe; on the embedded queue, plain NATS and plain Redis the tasks then wait in the worker's
 journal, on the others at the broker; then the pipe is filled. The clock stops when the manager has heard the last
-_finish, or, on the embedded queue, when /health counts it. Broker, manager and worker share the processors. Redis syncs
-its file every second, RabbitMQ and NATS do as they do by default.
+_finish, or, on the embedded queue, when /health counts it. Broker, manager and worker share the processors. Redis keeps
+no file where it is plain and syncs it every second where it is durable; RabbitMQ and NATS do as they do by default.
 
 CPU is user and system time of parent and worker from /proc, and of the commands that they have waited for. A command has
 started when date, as the command, says so. The broker's way there and back is that of a task that something answers

@@ -158,6 +158,9 @@ func (b *bench) measure(t *testing.T, round int, name string, run func(t *testin
 // throughput has a contestant run its tasks so many at once, after the bare loop.
 func (b *bench) throughput(t *testing.T, c contestant, concurrency int) {
 	runner := c.start(t, concurrency)
+	if own := runner.processes(); concurrency == 1 && len(own) > 0 {
+		b.report.memory.add(c.name, "idle 1", leastMemory(t, own))
+	}
 	if warm := runner.burst(max(b.tasks/20, concurrency)); warm.lost > 0 {
 		t.Errorf("%d tasks were lost", warm.lost)
 	}
@@ -185,9 +188,11 @@ func (b *bench) throughput(t *testing.T, c contestant, concurrency int) {
 func (b *bench) idle(t *testing.T, c contestant) {
 	const concurrency = 8
 	runner := c.start(t, concurrency)
-	if own := runner.processes(); len(own) > 0 {
-		b.report.memory.add(c.name, "idle", leastMemory(t, own))
+	own := runner.processes()
+	if len(own) == 0 {
+		return // it cannot be triggered
 	}
+	b.report.memory.add(c.name, "idle 8", leastMemory(t, own))
 	raw := b.serveRaw(t, "true")
 	var bare, trips, started, ended []float64
 	add := func(list *[]float64, d time.Duration) {
@@ -202,9 +207,6 @@ func (b *bench) idle(t *testing.T, c contestant) {
 		add(&trips, got.trip)
 		add(&started, got.started)
 		add(&ended, got.ended)
-	}
-	if len(ended) == 0 {
-		return // it cannot be triggered
 	}
 	sheet := b.report.latency
 	sheet.add(benchRaw, "ended p50", quantile(bare, 0.5))

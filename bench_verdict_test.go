@@ -46,9 +46,10 @@ func (r *benchReport) judge() (all []verdict) {
 	}
 	ours := []string{benchLocal}
 	plain := map[string]bool{benchLocal: true}
-	for _, broker := range r.b.brokers {
-		ours = append(ours, "job_item, "+broker.name)
-		plain["job_item, "+broker.name] = broker.name == "NATS"
+	for i, broker := range r.b.brokers {
+		name := workerName(&r.b.brokers[i])
+		ours = append(ours, name)
+		plain[name] = broker.name == "NATS"
 	}
 	short := func(name string) string { return strings.TrimPrefix(name, "job_item, ") }
 
@@ -75,8 +76,11 @@ func (r *benchReport) judge() (all []verdict) {
 		}
 		atMost("NATS, end heard of when idle (ms), beside "+c.name,
 			r.latency.of("job_item, NATS", "ended p50"), r.latency.of(c.name, "ended p50"), 2)
-		atMost("NATS, memory when idle (MB), beside "+c.name,
-			r.memory.of("job_item, NATS", "idle"), r.memory.of(c.name, "idle"), 1)
+		for _, slots := range []int{1, 8} {
+			idle := fmt.Sprintf("idle %d", slots)
+			atMost(fmt.Sprintf("NATS, memory when idle with %d slots (MB), beside %s", slots, c.name),
+				r.memory.of("job_item, NATS", idle), r.memory.of(c.name, idle), 1)
+		}
 	}
 	atLeast("cat directly, beside sh -c", r.rest.of(rowShell, "ratio"), 1.6)
 	for _, name := range ours {
@@ -86,7 +90,7 @@ func (r *benchReport) judge() (all []verdict) {
 		atLeast(fmt.Sprintf("sleep 0.1 on %d slots, of the bare loop", slots), r.rest.of(rowSleep(slots), "ratio"), 0.95)
 	}
 	for _, name := range ours {
-		atMost(short(name)+", memory when idle (MB)", r.memory.of(name, "idle"), 20, 1)
+		atMost(short(name)+", memory when idle (MB)", r.memory.of(name, "idle 8"), 20, 1)
 	}
 	atMost(thousands(float64(r.b.waiting))+" tasks waiting, memory (MB)", r.memory.of(benchLocal, "waiting"), 60, 1)
 	atMost("start to ready, embedded queue (ms)", r.rest.of(rowReady("embedded queue"), "job_item"), 60, 0)

@@ -49,19 +49,22 @@ jobs:
 
 // workerOn is job_item on a broker, nil for its own queue.
 func (b *bench) workerOn(broker *benchBroker) contestant {
-	name := benchLocal
-	if broker != nil {
-		name = "job_item, " + broker.name
-	}
-	return contestant{name: name, ours: true, start: func(t *testing.T, concurrency int) benchRunner {
+	return contestant{name: workerName(broker), ours: true, start: func(t *testing.T, concurrency int) benchRunner {
 		return b.startWorker(t, broker, concurrency)
 	}}
+}
+
+func workerName(broker *benchBroker) string {
+	if broker == nil {
+		return benchLocal
+	}
+	return "job_item, " + broker.name
 }
 
 // startWorker starts job_item as a user would.
 func (b *bench) startWorker(t *testing.T, broker *benchBroker, concurrency int) *benchWorker {
 	t.Helper()
-	config := fmt.Sprintf("concurrency: %d\nidentity_id: bench\ncredential: {project_id: p1}\n", concurrency)
+	config := fmt.Sprintf("concurrency: %d\nidentity_id: bench\ncredential: {project_id: p1}\ndrain_timeout: 0s\n", concurrency)
 	if broker != nil {
 		config += "broker_connection: " + broker.connection + "\n"
 	}
@@ -87,9 +90,7 @@ func (b *bench) startWorker(t *testing.T, broker *benchBroker, concurrency int) 
 		w.manager, w.keeps = &localManager{t: t, a: a}, true
 		return w
 	}
-	wire := broker.open(t)
-	wire.echo(t)
-	w.manager, w.keeps = &brokerManager{t, wire}, !broker.holds
+	w.manager, w.keeps = &brokerManager{t: t, wire: broker.open(t)}, !broker.holds
 	return w
 }
 
@@ -111,12 +112,21 @@ func (w *benchWorker) hold(event string, n int) {
 	w.t.Helper()
 	w.bursts++
 	w.manager.send("hold", w.prefix("hold"), w.concurrency)
-	w.awaitCount("running", w.concurrency)
-	before := w.health().Jobs["queued"]
+	w.awaitCounts(0, w.concurrency)
 	w.manager.send(event, w.prefix("task"), n)
 	if w.keeps {
-		w.awaitCount("queued", before+n)
+		w.awaitCounts(n, w.concurrency)
 	}
+}
+
+// awaitCounts waits until so many tasks wait and run.
+func (w *benchWorker) awaitCounts(queued, running int) {
+	w.t.Helper()
+	waitFor(w.t, benchPatience, func() string {
+		jobs := w.health().Jobs
+		return unless(jobs["queued"] == queued && jobs["running"] == running,
+			fmt.Sprintf("%d tasks wait and %d run; want %d and %d\n%s", jobs["queued"], jobs["running"], queued, running, w.log))
+	})
 }
 
 // release gives the slots back and waits until the tasks behind have ended.
@@ -300,22 +310,21 @@ func (b *bench) startToReady(t *testing.T) {
 
 // journal counts what the journal does for each task, from its acceptance to its end.
 func (b *bench) journal(t *testing.T) {
-	workers := []*benchWorker{b.startWorker(t, nil, 8)}
-	for i := range b.brokers {
-		workers = append(workers, b.startWorker(t, &b.brokers[i], 8))
+	on := func(name string, broker *benchBroker) {
+		t.Run(name, func(t *testing.T) {
+			w := b.startWorker(t, broker, 8)
+			before := w.journalCounts()
+			w.burst(b.tasks)
+			used := w.journalCounts()
+			tasks := float64(b.tasks + w.concurrency) // with those that have held the slots
+			b.report.journal.add(name, "syncs", (used.syncs-before.syncs)/tasks)
+			b.report.journal.add(name, "entries", (used.entries-before.entries)/tasks)
+			b.report.journal.add(name, "bytes", (used.bytes-before.bytes)/tasks)
+		})
 	}
-	for i, w := range workers {
-		name := "embedded queue"
-		if i > 0 {
-			name = b.brokers[i-1].name
-		}
-		before := w.journalCounts()
-		w.burst(b.tasks)
-		used := w.journalCounts()
-		tasks := float64(b.tasks)
-		b.report.rest.single("journal on "+name+", syncs/task", (used.syncs-before.syncs)/tasks)
-		b.report.rest.single("journal on "+name+", entries/task", (used.entries-before.entries)/tasks)
-		b.report.rest.single("journal on "+name+", bytes/task", (used.bytes-before.bytes)/tasks)
+	on(benchLocal, nil)
+	for i := range b.brokers {
+		on(workerName(&b.brokers[i]), &b.brokers[i])
 	}
 }
 
