@@ -38,6 +38,7 @@ type benchBroker struct {
 	connection string // value of broker_connection
 	holds      bool   // tasks wait there and not in the worker
 	open       func(t testing.TB) benchWire
+	pid        int // of the server
 }
 
 // A benchWire is the manager's connection.
@@ -62,20 +63,41 @@ func hear(events chan<- benchHeard, subject, data string) {
 
 func newHeard() chan benchHeard { return make(chan benchHeard, 1<<16) }
 
-// startBenchBrokers starts a private server of each kind, for as long as the benchmark runs. None serves two kinds: a
-// stream would take what is sent plainly, too.
-func startBenchBrokers(t testing.TB) []benchBroker {
-	plainNATS, jetStream := newNATSServer(t), newNATSServer(t, "-js", "-sd", t.TempDir())
-	plainRedis, streams := newRedisServer(t, "--appendonly", "no"), newRedisServer(t, "--appendfsync", "everysec")
-	rabbit := newRabbitVHost(t)
-	durably := func(connection string) string { return strings.TrimSuffix(connection, "}") + ", durable: true}" }
-	return []benchBroker{
-		{"NATS", plainNATS.connection(), false, func(t testing.TB) benchWire { return openNATSWire(t, plainNATS, false) }},
-		{"NATS durable", durably(jetStream.connection()), true, func(t testing.TB) benchWire { return openNATSWire(t, jetStream, true) }},
-		{"RabbitMQ", rabbit.connection(), true, func(t testing.TB) benchWire { return openRabbitWire(t, rabbit) }},
-		{"Redis", plainRedis.connection(), false, func(t testing.TB) benchWire { return openRedisWire(t, plainRedis, false) }},
-		{"Redis durable", durably(streams.connection()), true, func(t testing.TB) benchWire { return openRedisWire(t, streams, true) }},
+// benchBrokers start a private server each, as the server comes. None serves two kinds: a stream would take what is sent
+// plainly, too.
+var benchBrokers = []func(t testing.TB) benchBroker{
+	func(t testing.TB) benchBroker { return onNATS(newNATSServer(t), "NATS", false) },
+	func(t testing.TB) benchBroker {
+		return onNATS(newNATSServer(t, "-js", "-sd", t.TempDir()), "NATS durable", true)
+	},
+	func(t testing.TB) benchBroker {
+		s := newRabbitVHost(t)
+		open := func(t testing.TB) benchWire { return openRabbitWire(t, s) }
+		return benchBroker{"RabbitMQ", s.connection(), true, open, s.beam(t)}
+	},
+	func(t testing.TB) benchBroker {
+		return onRedis(newRedisServer(t, "--appendonly", "no"), "Redis", false)
+	},
+	func(t testing.TB) benchBroker {
+		return onRedis(newRedisServer(t, "--appendfsync", "everysec"), "Redis durable", true)
+	},
+}
+
+func onNATS(s *natsServer, name string, durable bool) benchBroker {
+	open := func(t testing.TB) benchWire { return openNATSWire(t, s, durable) }
+	return benchBroker{name, connectionOf(s, durable), durable, open, s.cmd.Process.Pid}
+}
+
+func onRedis(s *redisServer, name string, durable bool) benchBroker {
+	open := func(t testing.TB) benchWire { return openRedisWire(t, s, durable) }
+	return benchBroker{name, connectionOf(s, durable), durable, open, s.cmd.Process.Pid}
+}
+
+func connectionOf(s testServer, durable bool) string {
+	if durable {
+		return strings.TrimSuffix(s.connection(), "}") + ", durable: true}"
 	}
+	return s.connection()
 }
 
 // benchTask is the message that starts a task.

@@ -15,6 +15,7 @@ const (
 	chartWidth  = 840
 	chartNames  = 190 // room for the names on the left
 	chartPanel  = 300
+	chartFigure = 50 // of it for the figures on its right
 	chartGap    = 40
 	chartRow    = 22
 	chartBar    = 14
@@ -45,16 +46,18 @@ func (r *benchReport) chart() string {
 		fmt.Fprintf(&out, `<text x="%d" y="%d" class="%s" text-anchor="%s">%s</text>`+"\n", x, y, class, anchor, html.EscapeString(text))
 	}
 	label(0, 18, "title", "start", "Tasks per second, of a bare loop that runs the same command")
-	for panel, slots := range []int{8, 1} {
-		left := chartNames + panel*(chartPanel+chartGap)
-		sheet := r.perSlots[slots]
-		scale := 1.0
+	slotsShown, scale := []int{8, 1}, 1.0
+	for _, slots := range slotsShown {
 		for _, c := range r.b.contestants {
-			if v := sheet.of(c.name, "ratio"); !math.IsNaN(v) {
+			if v := r.perSlots[slots].of(c.name, "ratio"); !math.IsNaN(v) {
 				scale = max(scale, v)
 			}
 		}
-		width := func(ratio float64) int { return int(ratio / scale * (chartPanel - 40)) }
+	}
+	width := func(ratio float64) int { return int(ratio / scale * (chartPanel - chartFigure)) }
+	for panel, slots := range slotsShown {
+		left := chartNames + panel*(chartPanel+chartGap)
+		sheet := r.perSlots[slots]
 		label(left, 48, "figure", "start", fmt.Sprintf("%d at once (bare loop: %s/s)", slots, thousands(sheet.of(benchRaw, "tasks/s"))))
 		for i, c := range r.b.contestants {
 			top := chartHeader + i*chartRow
@@ -70,7 +73,7 @@ func (r *benchReport) chart() string {
 				class = "ours"
 			}
 			fmt.Fprintf(&out, `<rect x="%d" y="%d" width="%d" height="%d" rx="2" class="%s"/>`+"\n", left, top, width(ratio), chartBar, class)
-			label(left+width(ratio)+6, top+chartBar-2, "figure", "start", fmt.Sprintf("%.2f", ratio))
+			label(left+chartPanel, top+chartBar-2, "figure", "end", fmt.Sprintf("%.2f", ratio))
 		}
 		fmt.Fprintf(&out, `<line x1="%d" y1="%d" x2="%d" y2="%d" class="line"/>`+"\n", left+width(1), chartHeader-8, left+width(1), height-8)
 	}

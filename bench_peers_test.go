@@ -26,15 +26,22 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
+// The peers, each triggered as one of ours is: on NATS, over HTTP, on Redis.
+const (
+	peerNATS    = "nats reply --command"
+	peerWebhook = "webhook"
+	peerCelery  = "Celery"
+)
+
 // benchPeers are those that are installed.
 func (b *bench) benchPeers(t *testing.T) (found []contestant) {
 	for _, peer := range []struct {
 		name, needs string
 		start       func(t *testing.T, concurrency int) benchRunner
 	}{
-		{"nats reply --command", filepath.Join(b.peers, "nats"), b.startNATSReply},
-		{"webhook", filepath.Join(b.peers, "webhook"), b.startWebhook},
-		{"Celery", "/usr/lib/python3/dist-packages/celery/__main__.py", b.startCelery},
+		{peerNATS, filepath.Join(b.peers, "nats"), b.startNATSReply},
+		{peerWebhook, filepath.Join(b.peers, "webhook"), b.startWebhook},
+		{peerCelery, "/usr/lib/python3/dist-packages/celery/__main__.py", b.startCelery},
 	} {
 		if _, err := os.Stat(peer.needs); err != nil {
 			b.report.missing(peer.name + " is not installed and left out")

@@ -219,8 +219,9 @@ journal, on the others at the broker; then the pipe is filled. The clock stops w
 _finish, or, on the embedded queue, when /health counts it. Broker, manager and worker share the processors. Redis keeps
 no file where it is plain and syncs it every second where it is durable; RabbitMQ and NATS do as they do by default.
 
-CPU is user and system time of parent and worker from /proc, and of the commands that they have waited for. A command has
-started when date, as the command, says so. The broker's way there and back is that of a task that something answers
+CPU is user and system time of all processes of the program from /proc, and of the commands that they have waited for;
+where there are so many processes that the system's steps of 10 ms would blur it, there is none. A command has started
+when date, as the command, says so. The broker's way there and back is that of a task that something answers
 which runs nothing, written with the broker's own client library; on the embedded queue it is a call of /health.
 
 The peers run the same command at the same concurrency, with the settings that suit them best. They write no data file,

@@ -105,7 +105,9 @@ func newBench(t *testing.T) *bench {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build the bare loop: %v\n%s", err, out)
 	}
-	b.brokers = startBenchBrokers(t)
+	for _, start := range benchBrokers {
+		b.brokers = append(b.brokers, start(t))
+	}
 	b.report = newBenchReport(b)
 	if gcc, err := exec.LookPath("gcc"); err != nil {
 		b.report.missing("no gcc: the loop in C is left out")
@@ -174,14 +176,18 @@ func (b *bench) throughput(t *testing.T, c contestant, concurrency int) {
 		name string
 		benchBurst
 	}{{benchRaw, raw}, {c.name, got}} {
-		each := func(d time.Duration) float64 { return d.Seconds() * 1000 / float64(b.tasks) }
 		sheet.add(row.name, "tasks/s", float64(b.tasks)/row.took.Seconds())
-		sheet.add(row.name, "CPU own", each(row.use.own))
-		sheet.add(row.name, "CPU all", each(row.use.own+row.use.commands))
 		sheet.add(row.name, "lost", float64(row.lost))
+		if row.use.known(len(runner.processes())) {
+			each := func(d time.Duration) float64 { return d.Seconds() * 1000 / float64(b.tasks) }
+			sheet.add(row.name, "CPU own", each(row.use.own))
+			sheet.add(row.name, "CPU all", each(row.use.all()))
+		}
 	}
 	sheet.add(c.name, "ratio", raw.took.Seconds()/got.took.Seconds())
-	sheet.add(c.name, "CPU ratio", (got.use.own+got.use.commands).Seconds()/(raw.use.own+raw.use.commands).Seconds())
+	if got.use.known(len(runner.processes())) {
+		sheet.add(c.name, "CPU ratio", got.use.all().Seconds()/raw.use.all().Seconds())
+	}
 }
 
 // idle looks at a contestant that has nothing to do, and then triggers one task at a time.
@@ -327,14 +333,22 @@ func dateIn(t testing.TB, text string) time.Time {
 // processorUse is CPU time: of processes themselves, and of the commands that they have waited for.
 type processorUse struct{ own, commands time.Duration }
 
+func (u processorUse) all() time.Duration { return u.own + u.commands }
+
+// known reports whether the steps in which the system tells the time of so many processes leave a figure.
+func (u processorUse) known(processes int) bool {
+	return u.all() > 10*time.Duration(processes)*processorTick
+}
+
 func (u processorUse) since(before processorUse) processorUse {
 	return processorUse{u.own - before.own, u.commands - before.commands}
 }
 
+const processorTick = time.Second / 100 // USER_HZ
+
 // usedBy sums over processes.
 func usedBy(t testing.TB, pids []int) (sum processorUse) {
 	t.Helper()
-	const tick = time.Second / 100 // USER_HZ
 	for _, pid := range pids {
 		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 		if err != nil {
@@ -343,7 +357,7 @@ func usedBy(t testing.TB, pids []int) (sum processorUse) {
 		fields := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:])) // from the third on: proc(5)
 		number := func(i int) time.Duration {
 			n, _ := strconv.ParseInt(fields[i-3], 10, 64)
-			return time.Duration(n) * tick
+			return time.Duration(n) * processorTick
 		}
 		sum.own += number(14) + number(15)
 		sum.commands += number(16) + number(17)

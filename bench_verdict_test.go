@@ -67,19 +67,20 @@ func (r *benchReport) judge() (all []verdict) {
 		atMost(short(name)+", CPU with the command's at 8, of the bare loop's", r.perSlots[8].of(name, "CPU ratio"), 1.10, 2)
 	}
 	for _, c := range r.b.contestants {
-		if c.ours || c.name == benchC {
+		our := map[string]string{peerNATS: "job_item, NATS", peerWebhook: benchLocal, peerCelery: "job_item, Redis"}[c.name]
+		if our == "" {
 			continue
 		}
 		for _, n := range benchConcurrencies {
-			atLeast(fmt.Sprintf("NATS at %d, of the bare loop, beside %s", n, c.name),
-				r.perSlots[n].of("job_item, NATS", "ratio"), r.perSlots[n].of(c.name, "ratio"))
+			atLeast(fmt.Sprintf("%s at %d, of the bare loop, beside %s", short(our), n, c.name),
+				r.perSlots[n].of(our, "ratio"), r.perSlots[n].of(c.name, "ratio"))
 		}
-		atMost("NATS, end heard of when idle (ms), beside "+c.name,
-			r.latency.of("job_item, NATS", "ended p50"), r.latency.of(c.name, "ended p50"), 2)
+		atMost(short(our)+", end heard of when idle (ms), beside "+c.name,
+			r.latency.of(our, "ended p50"), r.latency.of(c.name, "ended p50"), 2)
 		for _, slots := range []int{1, 8} {
 			idle := fmt.Sprintf("idle %d", slots)
-			atMost(fmt.Sprintf("NATS, memory when idle with %d slots (MB), beside %s", slots, c.name),
-				r.memory.of("job_item, NATS", idle), r.memory.of(c.name, idle), 1)
+			atMost(fmt.Sprintf("%s, memory when idle (MB), slots: %d, beside %s", short(our), slots, c.name),
+				r.memory.of(our, idle), r.memory.of(c.name, idle), 1)
 		}
 	}
 	atLeast("cat directly, beside sh -c", r.rest.of(rowShell, "ratio"), 1.6)
@@ -93,8 +94,9 @@ func (r *benchReport) judge() (all []verdict) {
 		atMost(short(name)+", memory when idle (MB)", r.memory.of(name, "idle 8"), 20, 1)
 	}
 	atMost(thousands(float64(r.b.waiting))+" tasks waiting, memory (MB)", r.memory.of(benchLocal, "waiting"), 60, 1)
-	atMost("start to ready, embedded queue (ms)", r.rest.of(rowReady("embedded queue"), "job_item"), 60, 0)
-	atMost("start to ready, NATS (ms)", r.rest.of(rowReady("NATS"), "job_item"), 60, 0)
+	for _, name := range ours[:2] {
+		atMost(short(name)+", start to ready (ms)", r.rest.of(rowReady(name), "job_item"), 60, 0)
+	}
 	atMost("binary (MB)", r.rest.of(rowBinary, "job_item"), 16, 1)
 	for _, name := range ours {
 		lost := math.NaN()

@@ -61,15 +61,28 @@ func workerName(broker *benchBroker) string {
 	return "job_item, " + broker.name
 }
 
-// startWorker starts job_item as a user would.
+// prepareWorker is job_item that has not been started, with settings besides the usual and jobs besides benchJobs.
+func (b *bench) prepareWorker(t *testing.T, broker *benchBroker, settings, jobs string) *agent {
+	t.Helper()
+	connection := "{type: local}"
+	if broker != nil {
+		connection = broker.connection
+	}
+	a := newAgent(t, fmt.Sprintf("credential: {project_id: p1}\nbroker_connection: %s\ndrain_timeout: 0s\n%s%s%s",
+		connection, settings, benchJobs, jobs))
+	a.program, a.env = b.binary, []string{"LOG_LEVEL=WARN"}
+	return a
+}
+
+// startWorker starts job_item with so many slots.
 func (b *bench) startWorker(t *testing.T, broker *benchBroker, concurrency int) *benchWorker {
 	t.Helper()
-	config := fmt.Sprintf("concurrency: %d\nidentity_id: bench\ncredential: {project_id: p1}\ndrain_timeout: 0s\n", concurrency)
-	if broker != nil {
-		config += "broker_connection: " + broker.connection + "\n"
-	}
-	a := newAgent(t, config+benchJobs+b.floodJob())
-	a.program, a.env = b.binary, []string{"LOG_LEVEL=WARN"}
+	return b.startPrepared(t, b.prepareWorker(t, broker, fmt.Sprintf("concurrency: %d\n", concurrency), b.floodJob()), broker, concurrency)
+}
+
+// startPrepared starts what prepareWorker has prepared.
+func (b *bench) startPrepared(t *testing.T, a *agent, broker *benchBroker, concurrency int) *benchWorker {
+	t.Helper()
 	w := &benchWorker{agent: a, concurrency: concurrency}
 	gate := filepath.Join(a.dir, "gate")
 	if err := syscall.Mkfifo(gate, 0o600); err != nil {
@@ -169,7 +182,7 @@ const (
 )
 
 func rowSleep(slots int) string     { return fmt.Sprintf("sleep 0.1 on %d slots, tasks/s", slots) }
-func rowReady(broker string) string { return "start to ready, " + broker + ", ms" }
+func rowReady(worker string) string { return worker + ", start to ready, ms" }
 
 // benchRest is what is measured once a round besides bursts and single tasks.
 var benchRest = []struct {
@@ -274,38 +287,42 @@ func (b *bench) creates(t *testing.T) {
 
 // startToReady starts job_item and waits for its word.
 func (b *bench) startToReady(t *testing.T) {
-	for _, broker := range []struct{ name, connection string }{
-		{"embedded queue", "{type: local}"}, {b.brokers[0].name, b.brokers[0].connection},
-	} {
+	for _, broker := range []*benchBroker{nil, &b.brokers[0]} {
 		var all []float64
 		for range 5 {
-			a := newAgent(t, "credential: {project_id: p1}\nbroker_connection: "+broker.connection+benchJobs)
-			cmd := exec.Command(b.binary, "--config", filepath.Join(a.dir, "config.yaml"))
-			log, err := cmd.StderrPipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			began := time.Now()
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
-			lines := bufio.NewScanner(log)
-			for lines.Scan() && !strings.Contains(lines.Text(), "msg=ready") {
-			}
-			all = append(all, time.Since(began).Seconds()*1000)
-			cmd.Process.Signal(syscall.SIGTERM)
-			io.Copy(io.Discard, log)
-			if err := cmd.Wait(); err != nil {
-				t.Errorf("job_item: %v", err)
-			}
+			all = append(all, b.timeToReady(t, b.prepareWorker(t, broker, "", "")).Seconds()*1000)
 		}
-		b.report.rest.single(rowReady(broker.name), median(all))
+		b.report.rest.single(rowReady(workerName(broker)), median(all))
 	}
 	info, err := os.Stat(b.binary)
 	if err != nil {
 		t.Fatal(err)
 	}
 	b.report.rest.single(rowBinary, float64(info.Size())/1e6)
+}
+
+// timeToReady starts what prepareWorker has prepared, waits for its word, and stops it.
+func (b *bench) timeToReady(t *testing.T, a *agent) time.Duration {
+	t.Helper()
+	cmd := exec.Command(b.binary, "--config", filepath.Join(a.dir, "config.yaml"))
+	log, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewScanner(log)
+	for lines.Scan() && !strings.Contains(lines.Text(), "msg=ready") {
+	}
+	took := time.Since(began)
+	cmd.Process.Signal(syscall.SIGTERM)
+	io.Copy(io.Discard, log)
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("job_item: %v: %s", err, lines.Text())
+	}
+	return took
 }
 
 // journal counts what the journal does for each task, from its acceptance to its end.
