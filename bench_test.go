@@ -72,6 +72,7 @@ func TestBench(t *testing.T) {
 		t.Skip("./bench.sh runs it")
 	}
 	b := newBench(t)
+	b.contend(t)
 	for round := range b.rounds {
 		for _, concurrency := range benchConcurrencies {
 			for _, c := range b.turn(round) {
@@ -105,10 +106,15 @@ func newBench(t *testing.T) *bench {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build the bare loop: %v\n%s", err, out)
 	}
+	b.report = newBenchReport(b)
+	return b
+}
+
+// contend starts the brokers and lists who takes turns.
+func (b *bench) contend(t *testing.T) {
 	for _, start := range benchBrokers {
 		b.brokers = append(b.brokers, start(t))
 	}
-	b.report = newBenchReport(b)
 	if gcc, err := exec.LookPath("gcc"); err != nil {
 		b.report.missing("no gcc: the loop in C is left out")
 	} else {
@@ -123,7 +129,6 @@ func newBench(t *testing.T) *bench {
 		b.contestants = append(b.contestants, b.workerOn(&b.brokers[i]))
 	}
 	b.contestants = append(b.contestants, b.benchPeers(t)...)
-	return b
 }
 
 // envNumber reads a number from the environment.

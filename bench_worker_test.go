@@ -36,11 +36,13 @@ type benchWorker struct {
 	own         []int
 }
 
-// benchJobs are the jobs that are measured. A hold takes a slot until there is a byte for it in the gate.
-const benchJobs = `
-jobs:
+// burstJobs are the jobs of a burst. A hold takes a slot until there is a byte for it in the gate.
+const burstJobs = `
   - {event: nothing, cmd: 'true'}
   - {event: hold, cmd: dd if=gate of=/dev/null bs=1 count=1 status=none}
+`
+
+const benchJobs = burstJobs + `
   - {event: date, cmd: date +%s.%N}
   - {event: sleep, cmd: sleep 0.1}
   - {event: direct, cmd: 'cat {{task_id}}.json'}
@@ -61,15 +63,15 @@ func workerName(broker *benchBroker) string {
 	return "job_item, " + broker.name
 }
 
-// prepareWorker is job_item that has not been started, with settings besides the usual and jobs besides benchJobs.
+// prepareWorker is job_item that has not been started.
 func (b *bench) prepareWorker(t *testing.T, broker *benchBroker, settings, jobs string) *agent {
 	t.Helper()
 	connection := "{type: local}"
 	if broker != nil {
 		connection = broker.connection
 	}
-	a := newAgent(t, fmt.Sprintf("credential: {project_id: p1}\nbroker_connection: %s\ndrain_timeout: 0s\n%s%s%s",
-		connection, settings, benchJobs, jobs))
+	a := newAgent(t, fmt.Sprintf("credential: {project_id: p1}\nbroker_connection: %s\ndrain_timeout: 0s\n%sjobs:\n%s",
+		connection, settings, jobs))
 	a.program, a.env = b.binary, []string{"LOG_LEVEL=WARN"}
 	return a
 }
@@ -77,7 +79,7 @@ func (b *bench) prepareWorker(t *testing.T, broker *benchBroker, settings, jobs 
 // startWorker starts job_item with so many slots.
 func (b *bench) startWorker(t *testing.T, broker *benchBroker, concurrency int) *benchWorker {
 	t.Helper()
-	return b.startPrepared(t, b.prepareWorker(t, broker, fmt.Sprintf("concurrency: %d\n", concurrency), b.floodJob()), broker, concurrency)
+	return b.startPrepared(t, b.prepareWorker(t, broker, fmt.Sprintf("concurrency: %d\n", concurrency), benchJobs+b.floodJob()), broker, concurrency)
 }
 
 // startPrepared starts what prepareWorker has prepared.
@@ -290,7 +292,7 @@ func (b *bench) startToReady(t *testing.T) {
 	for _, broker := range []*benchBroker{nil, &b.brokers[0]} {
 		var all []float64
 		for range 5 {
-			all = append(all, b.timeToReady(t, b.prepareWorker(t, broker, "", "")).Seconds()*1000)
+			all = append(all, b.timeToReady(t, b.prepareWorker(t, broker, "", benchJobs)).Seconds()*1000)
 		}
 		b.report.rest.single(rowReady(workerName(broker)), median(all))
 	}
