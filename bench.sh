@@ -2,10 +2,11 @@
 # Measures job_item beside a bare loop and beside other programs that run commands (Linux).
 #   ./bench.sh              everything: prints the tables, and writes docs/bench.md and bench.svg
 #   ./bench.sh quick        the same with few tasks in one round, to try it: writes nothing
-#   ./bench.sh scale        how cost grows with jobs, waiting tasks and workers
+#   ./bench.sh scale        how cost grows with jobs, waiting tasks and workers: prints the tables, and writes them into
+#                           docs/scale.md
 # ROUNDS, TASKS (in each burst), IDLE_TASKS (one at a time), FLOOD (bytes printed) and WAITING (tasks) change the amounts,
-# MATCH, a regular expression, leaves out what does not match. What a peer needs and this machine lacks is installed where
-# that is possible (Debian packages, as root; natscli with go install) and left out where it is not.
+# MATCH, a regular expression, leaves out what does not match (round 1, 8 at once, NATS). Brokers and peers that this
+# machine lacks are installed where that is possible (Debian packages, as root; natscli with go install), else left out.
 set -eu
 cd "$(dirname "$0")"
 PATH=$PATH:/usr/sbin:/sbin # where Debian puts servers
@@ -27,36 +28,46 @@ quick)
 	;;
 scale) entry=TestScale ;;
 *)
-	sed -n '2,5p' "$0" >&2
+	sed -n '2,6p' "$0" >&2
 	exit 2
 	;;
 esac
 
-# peers puts the programs of others into a folder of their own, which goes with this script.
+# packages: whether Debian packages can be had here, with their list brought up to date once.
+packages() {
+	command -v apt-get >/dev/null 2>&1 && [ "$(id -u)" = 0 ] || return 1
+	[ -n "${UPDATED:-}" ] || apt-get update -qq >/dev/null || return 1
+	UPDATED=1
+}
+
+# provide PROGRAM-OR-FILE PACKAGE...: it, from Debian packages if it is missing.
+provide() {
+	command -v "$1" >/dev/null 2>&1 || [ -e "$1" ] && return 0
+	packages || return 0 # it is left out
+	shift
+	say "installing $*"
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null || say "$* cannot be had"
+}
+
+# peers puts the programs of others into a folder that goes with this script.
 peers() {
 	mkdir "$work/peers"
 	say "nats (natscli $NATSCLI)"
-	GOBIN=$work/peers go install "github.com/nats-io/natscli/nats@$NATSCLI" || say "could not be had"
+	GOBIN=$work/peers go install "github.com/nats-io/natscli/nats@$NATSCLI" || say "natscli cannot be had"
+	provide /usr/lib/python3/dist-packages/celery/__main__.py python3-celery python3-redis
 	if command -v webhook >/dev/null 2>&1; then
 		ln -s "$(command -v webhook)" "$work/peers/webhook"
-	fi
-	command -v apt-get >/dev/null 2>&1 && [ "$(id -u)" = 0 ] || return 0
-	if [ ! -e "$work/peers/webhook" ] || [ ! -e /usr/lib/python3/dist-packages/celery/__main__.py ]; then
-		apt-get update -qq >/dev/null || return 0
-	fi
-	if [ ! -e "$work/peers/webhook" ]; then
-		say "webhook, from its Debian package, without its service"
-		(cd "$work" && apt-get download -qq webhook 2>/dev/null &&
-			dpkg-deb --fsys-tarfile webhook_*.deb | tar xO ./usr/bin/webhook >peers/webhook && chmod +x peers/webhook) ||
-			rm -f "$work/peers/webhook"
-	fi
-	if [ ! -e /usr/lib/python3/dist-packages/celery/__main__.py ]; then
-		say "installing python3-celery and python3-redis"
-		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3-celery python3-redis >/dev/null ||
-			say "could not be had"
+	elif packages; then
+		say "taking webhook from its package, which would bring a service along"
+		(cd "$work" && apt-get download -qq webhook 2>/dev/null && dpkg-deb --fsys-tarfile ./webhook_*.deb |
+			tar xO ./usr/bin/webhook >webhook && chmod +x webhook && mv webhook peers/) || say "webhook cannot be had"
 	fi
 }
 
+provide gcc gcc libc6-dev
+provide nats-server nats-server
+provide redis-server redis-server
+provide rabbitmq-server rabbitmq-server
 [ "$entry" != TestBench ] || peers
 OUT=$work/job_item ./build.sh >&2
 go test -c -o "$work/bench" .

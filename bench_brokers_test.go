@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os/exec"
 	"strconv"
 	"strings"
 	"sync"
@@ -63,24 +64,34 @@ func hear(events chan<- benchHeard, subject, data string) {
 
 func newHeard() chan benchHeard { return make(chan benchHeard, 1<<16) }
 
-// benchBrokers start a private server each, as the server comes. None serves two kinds: a stream would take what is sent
-// plainly, too.
-var benchBrokers = []func(t testing.TB) benchBroker{
-	func(t testing.TB) benchBroker { return onNATS(newNATSServer(t), "NATS", false) },
-	func(t testing.TB) benchBroker {
+// A benchServer is a kind of private server that may be installed.
+type benchServer struct {
+	program string
+	start   func(t testing.TB) benchBroker
+}
+
+// benchServers are as they come. None serves two kinds: a stream would take what is sent plainly, too.
+var benchServers = []benchServer{
+	{"nats-server", func(t testing.TB) benchBroker { return onNATS(newNATSServer(t), "NATS", false) }},
+	{"nats-server", func(t testing.TB) benchBroker {
 		return onNATS(newNATSServer(t, "-js", "-sd", t.TempDir()), "NATS durable", true)
-	},
-	func(t testing.TB) benchBroker {
+	}},
+	{"rabbitmq-server", func(t testing.TB) benchBroker {
 		s := newRabbitVHost(t)
 		open := func(t testing.TB) benchWire { return openRabbitWire(t, s) }
 		return benchBroker{"RabbitMQ", s.connection(), true, open, s.beam(t)}
-	},
-	func(t testing.TB) benchBroker {
+	}},
+	{"redis-server", func(t testing.TB) benchBroker {
 		return onRedis(newRedisServer(t, "--appendonly", "no"), "Redis", false)
-	},
-	func(t testing.TB) benchBroker {
+	}},
+	{"redis-server", func(t testing.TB) benchBroker {
 		return onRedis(newRedisServer(t, "--appendfsync", "everysec"), "Redis durable", true)
-	},
+	}},
+}
+
+func (s benchServer) installed() bool {
+	_, err := exec.LookPath(s.program)
+	return err == nil
 }
 
 func onNATS(s *natsServer, name string, durable bool) benchBroker {

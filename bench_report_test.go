@@ -185,7 +185,8 @@ func (s *benchSheet) text() string {
 // write prints the report, and publishes it in a folder if one is named.
 func (r *benchReport) write(out io.Writer, folder string) error {
 	var text strings.Builder
-	fmt.Fprintf(&text, "# job_item, measured\n\n%s\n\n", r.machine())
+	fmt.Fprintf(&text, "# job_item, measured\n\n%s Rounds: %d. Tasks in each burst: %s; one at a time: %s.\n\n",
+		machine(r.b.binary), r.b.rounds, thousands(float64(r.b.tasks)), thousands(float64(r.b.idleTasks)))
 	text.WriteString(benchMethod + "\n")
 	for _, note := range r.notes {
 		text.WriteString("\n" + note + ".\n")
@@ -231,8 +232,8 @@ its connection kept, and answers at the end of the command. Celery has prefork p
 results ignored, 64 tasks prefetched for each process, fair scheduling, no gossip, mingle and heartbeat; its tasks wait as
 job_item's do, and tell their end through a pipe.`
 
-// machine says what all this was measured on.
-func (r *benchReport) machine() string {
+// machine says what was measured, and where.
+func machine(binary string) string {
 	var uname syscall.Utsname
 	syscall.Uname(&uname)
 	var release []byte
@@ -249,9 +250,8 @@ func (r *benchReport) machine() string {
 			processor = strings.TrimLeft(name, "\t: ")
 		}
 	}
-	text := fmt.Sprintf("%d processors (%s), Linux %s, %s; %d rounds of %s tasks, %s one at a time.", runtime.NumCPU(), processor,
-		release, runtime.Version(), r.b.rounds, thousands(float64(r.b.tasks)), thousands(float64(r.b.idleTasks)))
-	if out, err := exec.Command(r.b.binary, "version").Output(); err == nil {
+	text := fmt.Sprintf("%d processors (%s), Linux %s, %s.", runtime.NumCPU(), processor, release, runtime.Version())
+	if out, err := exec.Command(binary, "version").Output(); err == nil {
 		text += " " + strings.TrimSpace(string(out)) + "."
 	}
 	return text

@@ -27,6 +27,7 @@ func TestScale(t *testing.T) {
 		t.Skip("./bench.sh scale runs it")
 	}
 	b := newBench(t)
+	b.rounds = 1
 	r := &scaleReport{
 		jobs: newSheet("Jobs configured",
 			benchColumn{"first", "first start to ready, ms", 0, true}, benchColumn{"again", "later starts, ms", 0, true},
@@ -46,8 +47,14 @@ func TestScale(t *testing.T) {
 			benchColumn{"tasks/s", "tasks/s", 0, true}),
 	}
 	for _, jobs := range noMoreThan(envNumber(t, "JOBS", 1000), 1, 10, 100, 1000) {
-		for _, kind := range append([]func(testing.TB) benchBroker{nil}, benchBrokers...) {
-			b.measure(t, 0, fmt.Sprintf("jobs %d", jobs), func(t *testing.T) { b.scaleJobs(t, r.jobs, jobs, kind) })
+		b.measure(t, 0, fmt.Sprintf("jobs %d, embedded queue", jobs), func(t *testing.T) { b.scaleJobs(t, r.jobs, jobs, nil) })
+		for _, server := range benchServers {
+			if server.installed() {
+				b.measure(t, 0, fmt.Sprintf("jobs %d, %s", jobs, server.program), func(t *testing.T) {
+					broker := server.start(t)
+					b.scaleJobs(t, r.jobs, jobs, &broker)
+				})
+			}
 		}
 	}
 	for _, tasks := range noMoreThan(b.waiting, 1, 100, 1000, 10_000, 100_000) {
@@ -72,14 +79,10 @@ func idleTime(t *testing.T) time.Duration {
 	return time.Duration(envNumber(t, "IDLE_SECONDS", 60)) * time.Second
 }
 
-// scaleJobs starts a worker with so many jobs, and one that holds slots, on a new server of a kind, nil for the embedded
-// queue.
-func (b *bench) scaleJobs(t *testing.T, sheet *benchSheet, jobs int, kind func(testing.TB) benchBroker) {
-	var broker *benchBroker
+// scaleJobs starts a worker with so many jobs, and one that holds slots, on a new server, nil for the embedded queue.
+func (b *bench) scaleJobs(t *testing.T, sheet *benchSheet, jobs int, broker *benchBroker) {
 	serverMemory := func() float64 { return 0 }
-	if kind != nil {
-		started := kind(t)
-		broker = &started
+	if broker != nil {
 		serverMemory = func() float64 { return leastMemory(t, []int{broker.pid}) }
 	}
 	var more strings.Builder
@@ -150,7 +153,7 @@ func (b *bench) scaleWaiting(t *testing.T, sheet *benchSheet, tasks int) {
 	for _, pid := range a.processes() {
 		own = append(own, pid)
 	}
-	sheet.add(row, "memory", leastMemory(t, own))
+	sheet.add(row, "memory", leastWithin(t, settlingTime, own))
 	sheet.add(row, "disk", folderMegabytes(t, filepath.Join(a.dir, "data")))
 	sheet.add(row, "health", median(a.askedFor("/health")))
 	sheet.add(row, "list", median(a.askedFor("/jobs")))
@@ -290,7 +293,7 @@ const scaleFigures = "## Figures\n" // what follows it in docs/scale.md is measu
 // write prints the tables and puts them below the text of docs/scale.md.
 func (r *scaleReport) write(b *bench, out io.Writer, folder string) error {
 	var text strings.Builder
-	text.WriteString(scaleFigures + "\n" + b.report.machine() + "\n")
+	fmt.Fprintf(&text, "%s\n%s In bursts: %s tasks.\n", scaleFigures, machine(b.binary), thousands(float64(b.tasks)))
 	for _, sheet := range []*benchSheet{r.jobs, r.waiting, r.workers} {
 		text.WriteString("\n#" + sheet.text())
 	}

@@ -94,7 +94,7 @@ func (r *benchReport) judge() (all []verdict) {
 		atMost(short(name)+", memory when idle (MB)", r.memory.of(name, "idle 8"), 20, 1)
 	}
 	atMost(thousands(float64(r.b.waiting))+" tasks waiting, memory (MB)", r.memory.of(benchLocal, "waiting"), 60, 1)
-	for _, name := range ours[:2] {
+	for _, name := range ours[:min(2, len(ours))] {
 		atMost(short(name)+", start to ready (ms)", r.rest.of(rowReady(name), "job_item"), 60, 0)
 	}
 	atMost("binary (MB)", r.rest.of(rowBinary, "job_item"), 16, 1)
