@@ -487,7 +487,8 @@ func (m *localManager) await(_ string, n int) (lost int) {
 		if now < left {
 			left, heard = now, time.Now()
 		}
-		time.Sleep(min(10*time.Millisecond, time.Duration(left)*100*time.Microsecond)) // nothing tells; seldom, to cost little
+		// Nothing tells. It is asked seldom, to cost little, but for the moments when the last are about to end.
+		time.Sleep(min(10*time.Millisecond, max(time.Duration(left)*100*time.Microsecond, time.Since(heard)/10)))
 	}
 	return left
 }

@@ -263,7 +263,7 @@ func (b *bench) scaleWorkers(t *testing.T, sheet *benchSheet, name string, durab
 		sheet.add(row, "server", leastMemory(t, []int{broker.pid}))
 		sheet.add(row, "server CPU", perSecond(use[broker.pid], window))
 		sheet.add(row, "messages", (after.InMsgs-before.InMsgs+after.OutMsgs-before.OutMsgs)/window.Seconds())
-		sheet.add(row, "memory", memoryOfAll(t, own))
+		sheet.add(row, "memory", leastMemory(t, own))
 		sheet.add(row, "CPU", perSecond(total, window))
 		var ended []float64
 		for i := range b.idleTasks / 5 {

@@ -375,16 +375,15 @@ func usedBy(t testing.TB, pids []int) (sum processorUse) {
 }
 
 // memoryOfAll is the proportional set size of processes, in MB.
-func memoryOfAll(t testing.TB, pids []int) (megabytes float64) {
-	t.Helper()
+func memoryOfAll(pids []int) (megabytes float64, err error) {
 	for _, pid := range pids {
 		h, err := holdingsOf(pid)
 		if err != nil {
-			t.Fatal(err)
+			return 0, err
 		}
 		megabytes += float64(h.memory) / 1e6
 	}
-	return megabytes
+	return megabytes, nil
 }
 
 // leastMemory is the least that is seen within a second and a half, and leastWithin within some other while: what is not
@@ -398,7 +397,11 @@ func leastWithin(t testing.TB, limit time.Duration, pids []int) float64 {
 	t.Helper()
 	least := math.Inf(1)
 	for deadline := time.Now().Add(limit); time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
-		least = min(least, memoryOfAll(t, pids))
+		now, err := memoryOfAll(pids)
+		if err != nil {
+			t.Fatal(err)
+		}
+		least = min(least, now)
 	}
 	return least
 }
