@@ -68,16 +68,16 @@ func startPeer(t *testing.T, cmd *exec.Cmd) *lockedBuffer {
 	return log
 }
 
-// natsReply is `nats reply --command`, which runs one command at a time: a process for each slot, one group.
+// natsReply is `nats reply --command`, which runs one command at a time: a process for each slot. In one group they
+// would share the requests by chance, so that one has more to do in the end: each has a subject, and its even share.
 type natsReply struct {
-	t       *testing.T
-	nc      *nats.Conn
-	inbox   string
-	replies chan *nats.Msg
-	pids    []int
+	t        *testing.T
+	nc       *nats.Conn
+	inbox    string
+	replies  chan *nats.Msg
+	subjects []string
+	pids     []int
 }
-
-const natsReplySubject = "bench.reply"
 
 func (b *bench) startNATSReply(t *testing.T, concurrency int) benchRunner {
 	server := newNATSServer(t)
@@ -86,19 +86,16 @@ func (b *bench) startNATSReply(t *testing.T, concurrency int) benchRunner {
 	if _, err := r.nc.ChanSubscribe(r.inbox, r.replies); err != nil {
 		t.Fatal(err)
 	}
-	for range concurrency {
-		cmd := exec.Command(filepath.Join(b.peers, "nats"), "--server", "nats://"+server.addr, "reply", natsReplySubject, "--command", "true")
+	for i := range concurrency {
+		subject := fmt.Sprintf("bench.reply.%d", i)
+		cmd := exec.Command(filepath.Join(b.peers, "nats"), "--server", "nats://"+server.addr, "reply", subject, "--command", "true")
 		log := startPeer(t, cmd)
 		waitFor(t, benchPatience, func() string {
-			return unless(strings.Contains(log.String(), "Listening"), "nats reply says "+log.String())
+			_, err := r.nc.Request(subject, nil, time.Second)
+			return unless(err == nil, fmt.Sprintf("nats reply: %v\n%s", err, log))
 		})
-		r.pids = append(r.pids, cmd.Process.Pid)
+		r.subjects, r.pids = append(r.subjects, subject), append(r.pids, cmd.Process.Pid)
 	}
-	// They are heard to listen a little before the server knows.
-	waitFor(t, benchPatience, func() string {
-		_, err := r.nc.Request(natsReplySubject, nil, 100*time.Millisecond)
-		return unless(err == nil, fmt.Sprint(err))
-	})
 	return r
 }
 
@@ -106,8 +103,8 @@ func (r *natsReply) processes() []int { return r.pids }
 
 func (r *natsReply) burst(n int) benchBurst {
 	before, began := usedBy(r.t, r.pids), time.Now()
-	for range n {
-		if err := r.nc.PublishRequest(natsReplySubject, r.inbox, []byte(benchData)); err != nil {
+	for i := range n {
+		if err := r.nc.PublishRequest(r.subjects[i%len(r.subjects)], r.inbox, []byte(benchData)); err != nil {
 			r.t.Fatal(err)
 		}
 	}
@@ -125,7 +122,7 @@ func (r *natsReply) burst(n int) benchBurst {
 
 func (r *natsReply) once(string) benchLatency {
 	began := time.Now()
-	if _, err := r.nc.Request(natsReplySubject, []byte(benchData), benchPatience); err != nil {
+	if _, err := r.nc.Request(r.subjects[0], []byte(benchData), benchPatience); err != nil {
 		r.t.Fatal(err)
 	}
 	return benchLatency{ended: time.Since(began)}

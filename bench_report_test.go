@@ -226,11 +226,11 @@ when date, as the command, says so. The broker's way there and back is that of a
 which runs nothing, written with the broker's own client library; on the embedded queue it is a call of /health.
 
 The peers run the same command at the same concurrency, with the settings that suit them best. They write no data file,
-keep no record, and note nothing on disk. nats reply runs one command at a time: there are as many processes in one group
-as there are slots, and the requests are published in one go. webhook has as many clients as there are slots, each with
-its connection kept, and answers at the end of the command. Celery has prefork processes on a Redis without a file,
-results ignored, 64 tasks prefetched for each process, fair scheduling, no gossip, mingle and heartbeat; its tasks wait as
-job_item's do, and tell their end through a pipe.`
+keep no record, and note nothing on disk. nats reply runs one command at a time: there are as many processes as there are
+slots, each with its even share of the requests, which are published in one go. webhook has as many clients as there are
+slots, each with its connection kept, and answers at the end of the command. Celery has prefork processes on a Redis
+without a file, results ignored, 64 tasks prefetched for each process, fair scheduling, no gossip, mingle and heartbeat;
+its tasks wait as job_item's do, and tell their end through a pipe.`
 
 // machine says what was measured, and where.
 func machine(binary string) string {
