@@ -6,12 +6,10 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"maps"
-	"net"
 	"os"
 	"os/signal"
 	"sync"
@@ -25,12 +23,6 @@ const (
 
 	// killMargin is what a child gets to end its processes after a second signal.
 	killMargin = 3 * time.Second
-
-	// bindPatience is how long a taken port is waited for: a worker whose parent died closes it at once, but not sooner.
-	bindPatience = 3 * time.Second
-
-	// bindAgain is how often a changed port is tried.
-	bindAgain = 10 * time.Second
 
 	// silenceLimit is how long a child may go without a sign of progress before it is killed and started again. A disk
 	// that hangs for seconds must not be taken for a child that does.
@@ -132,62 +124,6 @@ func newSupervisor(cfg *Config, program string, log *slog.Logger, stderr io.Writ
 	}
 	s.source = newConfigSource(cfg, os.LookupEnv, log)
 	return s
-}
-
-// openSocket opens the port once for all workers to come.
-func (s *supervisor) openSocket(address string, patience time.Duration) error {
-	if !socketInherits {
-		return nil
-	}
-	listener, err := listen(address, patience)
-	if err != nil {
-		return err
-	}
-	defer listener.Close() // the duplicate stays open
-	socket, err := duplicateSocket(listener)
-	if err != nil {
-		return fail(codeSocket, fmt.Sprintf("keep socket on %s", address), err)
-	}
-	s.closeSocket()
-	s.socket = socket
-	return nil
-}
-
-// takeOverSocket keeps the port open that the version before has left, if this process is one that has followed it.
-func (s *supervisor) takeOverSocket() bool {
-	socket, address := takenOver()
-	if socket == nil {
-		return false
-	}
-	s.source.followed = true
-	if address != s.cfg.Listen {
-		socket.Close()
-		return false
-	}
-	s.socket = socket
-	return true
-}
-
-func (s *supervisor) closeSocket() {
-	if s.socket != nil {
-		s.socket.Close()
-	}
-}
-
-// listen opens the REST API's port. One that is taken is waited for.
-func listen(address string, patience time.Duration) (*net.TCPListener, error) {
-	deadline := time.Now().Add(patience)
-	for {
-		listener, err := net.Listen("tcp", address)
-		if err == nil {
-			return listener.(*net.TCPListener), nil
-		}
-		if !errors.Is(err, errAddressInUse) || time.Now().After(deadline) {
-			return nil, failHint(codeListen, fmt.Sprintf("listen on %s", address), err,
-				"Is another worker running? Choose another address with listen: in the configuration.")
-		}
-		time.Sleep(50 * time.Millisecond) // another process closes it; there is nothing to wait on
-	}
 }
 
 // supervise runs the children until a signal comes, or one of them asks for the end of all. It returns the exit code.
@@ -435,21 +371,6 @@ func (s *supervisor) handDown(cfg *Config) {
 			s.keepExecs()
 		}
 	}
-}
-
-// moveSocket opens another port, if it is another. It returns false when that cannot be done now.
-func (s *supervisor) moveSocket(cfg *Config) bool {
-	if cfg.Listen == s.cfg.Listen {
-		return true
-	}
-	err := s.openSocket(cfg.Listen, 0)
-	if err == nil {
-		return true
-	}
-	s.log.Error("configuration not taken up, the one before stays", errAttrs(err), "pause", bindAgain.String())
-	s.ownProblems["listen"] = codedText(err)
-	s.refused, s.again = cfg, time.After(bindAgain)
-	return false
 }
 
 // signal follows the service manager, or whoever sits at the terminal.
