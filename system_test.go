@@ -119,10 +119,26 @@ func (a *agent) launch() {
 	a.gone = gone
 	cmd := a.cmd
 	go func() { cmd.Wait(); close(gone) }() // ends with the parent
+	log := a.log
 	a.t.Cleanup(func() {
 		cmd.Process.Kill()
 		<-gone
+		if a.t.Failed() {
+			a.t.Logf("the log of process %d:\n%s", cmd.Process.Pid, complaints(log.String()))
+		}
 	})
+}
+
+// complaints are the lines of a log that tell of something unusual, and its last ones.
+func complaints(log string) string {
+	lines := strings.SplitAfter(log, "\n")
+	var kept []string
+	for i, line := range lines {
+		if !strings.Contains(line, `msg="task `) && !strings.Contains(line, "level=DEBUG") || i > len(lines)-20 {
+			kept = append(kept, line)
+		}
+	}
+	return strings.Join(kept[max(0, len(kept)-200):], "")
 }
 
 // stop asks the parent to end and waits for it.
@@ -141,8 +157,10 @@ func (a *agent) waitGone(limit time.Duration) {
 	}
 }
 
-// childPID finds the worker process in the log.
+// childPID finds the worker process in the log, which has it soon after the health is ok.
 func (a *agent) childPID() int {
+	a.t.Helper()
+	waitFor(a.t, 20*time.Second, func() string { return unless(strings.Contains(a.log.String(), "msg=ready "), "no worker is ready") })
 	lines := regexp.MustCompile(`msg=ready .*\bpid=(\d+)`).FindAllStringSubmatch(a.log.String(), -1)
 	if len(lines) == 0 {
 		return 0
