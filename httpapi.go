@@ -129,6 +129,7 @@ type apiServer struct {
 	answered    [6]atomic.Int64 // requests, by the first digit of their status
 	largeBodies chan struct{}   // holds a value per large body in memory
 	bodyTimeout time.Duration   // for a JSON body, and for each piece of a file
+	leaving     leaving
 }
 
 // newAPIServer prepares a server; it takes events from bus until shutdown.
@@ -166,6 +167,8 @@ func newAPIServer(config apiConfig, service taskService, bus *eventBus, log *slo
 		MaxHeaderBytes:               maxHeaderBytes,
 		DisableGeneralOptionsHandler: true,
 		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		ConnContext:                  a.leaving.arrived,
+		ConnState:                    a.leaving.changed,
 		BaseContext: func(l net.Listener) context.Context {
 			return context.WithValue(streams, listenAddrKey{}, addrOf(l.Addr()))
 		},
@@ -203,24 +206,6 @@ func (a *apiServer) awaitRecords(ctx context.Context) bool {
 	}
 }
 
-// serve answers requests on listener until shutdown, which makes it return nil.
-func (a *apiServer) serve(listener net.Listener) error {
-	if err := a.server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
-		return fail(codeHTTPServe, "serve REST API on "+listener.Addr().String(), err)
-	}
-	return nil
-}
-
-// shutdown ends the answers that have no end of their own, lets the others finish until ctx ends, and closes what is
-// left. The listeners are closed at once.
-func (a *apiServer) shutdown(ctx context.Context) error {
-	a.feed.close()
-	if err := a.server.Shutdown(ctx); err != nil {
-		return a.server.Close()
-	}
-	return nil
-}
-
 // listenAddrKey finds the listening address of a request in its context.
 type listenAddrKey struct{}
 
@@ -233,6 +218,7 @@ func (h routeHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // ServeHTTP admits a request, answers it and logs it.
 func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	a.leaving.asked(r)
 	begin := time.Now()
 	reply := &apiReply{ResponseWriter: w, control: http.NewResponseController(w), timeout: writeTimeout}
 	reply.control.SetWriteDeadline(begin.Add(writeTimeout))

@@ -710,3 +710,36 @@ func TestAPIServeFails(t *testing.T) {
 		t.Errorf("serve on a closed listener = %v; want %s", err, codeHTTPServe)
 	}
 }
+
+// A connection that was accepted gets its answer, even if it asks when the end has begun: whoever takes the port over never
+// sees it.
+func TestShutdownAnswersAccepted(t *testing.T) {
+	a := startAPI(t, "127.0.0.1:0", apiConfig{})
+	address := strings.TrimPrefix(a.base, "http://")
+	conn, err := net.Dial("tcp", address)
+	must(t, err)
+	defer conn.Close()
+	waitFor(t, 10*time.Second, func() string {
+		if !a.api.leaving.anySilent() {
+			return "the connection is not accepted"
+		}
+		return ""
+	})
+	ended := make(chan error, 1)
+	go func() { ended <- a.api.shutdown(context.Background()) }() // ends when the connection has its answer
+	waitFor(t, 10*time.Second, func() string {
+		other, err := net.Dial("tcp", address)
+		if err == nil {
+			other.Close()
+			return "the port is still open"
+		}
+		return ""
+	})
+	fmt.Fprintf(conn, "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+	answer, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil || answer.StatusCode != http.StatusOK || !answer.Close {
+		t.Fatalf("answer %+v, %v", answer, err)
+	}
+	answer.Body.Close()
+	must(t, <-ended)
+}
