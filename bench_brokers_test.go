@@ -156,7 +156,7 @@ func (w *natsWire) send(t testing.TB, subject string, messages ...string) {
 	for _, m := range messages {
 		err := error(nil)
 		if w.js != nil {
-			_, err = w.js.PublishAsync(subject, []byte(m))
+			_, err = w.js.PublishAsync(subject, []byte(m), nats.StallWait(benchPatience))
 		} else {
 			err = w.nc.Publish(subject, []byte(m))
 		}
