@@ -5,8 +5,9 @@
 #   ./bench.sh scale        how cost grows with jobs, waiting tasks and workers: prints the tables, and writes them into
 #                           docs/scale.md
 # ROUNDS, TASKS (in each burst), IDLE_TASKS (one at a time), FLOOD (bytes printed) and WAITING (tasks) change the amounts,
-# MATCH, a regular expression, leaves out what does not match (round 1, 8 at once, NATS). Brokers and peers that this
-# machine lacks are installed where that is possible (Debian packages, as root; natscli with go install), else left out.
+# MATCH, a regular expression, leaves out what does not match (round 1, 8 at once, NATS) and writes nothing. Brokers and
+# peers that this machine lacks are installed where that is possible (Debian packages, as root; natscli with go install),
+# else left out.
 set -eu
 cd "$(dirname "$0")"
 PATH=$PATH:/usr/sbin:/sbin # where Debian puts servers
@@ -32,6 +33,7 @@ scale) entry=TestScale ;;
 	exit 2
 	;;
 esac
+[ -z "${MATCH:-}" ] || out=
 
 # packages: whether Debian packages can be had here, with their list brought up to date once.
 packages() {

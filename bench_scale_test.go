@@ -295,7 +295,9 @@ func (r *scaleReport) write(b *bench, out io.Writer, folder string) error {
 	var text strings.Builder
 	fmt.Fprintf(&text, "%s\n%s In bursts: %s tasks.\n", scaleFigures, machine(b.binary), thousands(float64(b.tasks)))
 	for _, sheet := range []*benchSheet{r.jobs, r.waiting, r.workers} {
-		text.WriteString("\n#" + sheet.text())
+		if len(sheet.rows) > 0 {
+			text.WriteString("\n#" + sheet.text())
+		}
 	}
 	if _, err := io.WriteString(out, text.String()); err != nil || folder == "" {
 		return err

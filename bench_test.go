@@ -224,15 +224,15 @@ func (b *bench) idle(t *testing.T, c contestant) {
 		add(&ended, got.ended)
 	}
 	sheet := b.report.latency
-	sheet.add(benchRaw, "ended p50", quantile(bare, 0.5))
+	sheet.add(benchRaw, "ended p50", median(bare))
 	sheet.add(benchRaw, "ended p99", quantile(bare, 0.99))
-	sheet.add(c.name, "ended p50", quantile(ended, 0.5))
+	sheet.add(c.name, "ended p50", median(ended))
 	sheet.add(c.name, "ended p99", quantile(ended, 0.99))
 	if len(started) > 0 {
-		sheet.add(c.name, "trip p50", quantile(trips, 0.5))
-		sheet.add(c.name, "started p50", quantile(started, 0.5))
+		sheet.add(c.name, "trip p50", median(trips))
+		sheet.add(c.name, "started p50", median(started))
 		sheet.add(c.name, "started p99", quantile(started, 0.99))
-		sheet.add(c.name, "beyond", quantile(ended, 0.5)-quantile(bare, 0.5)-quantile(trips, 0.5))
+		sheet.add(c.name, "beyond", median(ended)-median(bare)-median(trips))
 	}
 	if c.name == benchLocal { // once a round is enough
 		date := b.serveRaw(t, "date", "+%s.%N")
@@ -241,7 +241,7 @@ func (b *bench) idle(t *testing.T, c contestant) {
 			began, _, output := date.once(t)
 			add(&dates, dateIn(t, output).Sub(began))
 		}
-		sheet.add(benchRaw, "started p50", quantile(dates, 0.5))
+		sheet.add(benchRaw, "started p50", median(dates))
 		sheet.add(benchRaw, "started p99", quantile(dates, 0.99))
 	}
 }
@@ -411,4 +411,7 @@ func quantile(values []float64, q float64) float64 {
 	return sorted[min(int(q*float64(len(sorted))), len(sorted)-1)]
 }
 
-func median(values []float64) float64 { return quantile(values, 0.5) }
+func median(values []float64) float64 {
+	sorted := slices.Sorted(slices.Values(values))
+	return (sorted[(len(sorted)-1)/2] + sorted[len(sorted)/2]) / 2
+}
