@@ -11,9 +11,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
-	"runtime"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -30,7 +27,7 @@ type command struct {
 	line      string          // for the shell
 	dir       string          // working folder; "": the worker's own
 	env       []string        // "NAME=value", of a repeated name the last; nil: the worker's own
-	envDone   bool            // env is complete already, see completeEnv
+	base      *baseEnv        // what env is added to, without repeating a name; nil: env is all there is
 	killAfter time.Duration   // from SIGTERM to SIGKILL
 	hurry     <-chan struct{} // closed: SIGKILL follows SIGTERM at once; nil: never
 
@@ -87,17 +84,22 @@ func (c *command) run(ctx context.Context) (exitStatus, error) {
 			r.signal(processGroup.kill)
 		}
 	}
-	for _, reader := range r.readers {
-		go reader.copy(c.spawn, c.output) // ends at the end of its pipe, or some time after finish
-	}
-	if !r.endsSoon(ctx) {
+	over := r.endsSoon(c)
+	if !over {
+		for _, reader := range r.readers {
+			go reader.copy(c.spawn, c.output) // ends at the end of its pipe, or some time after finish
+		}
 		go r.wait() // ends when the process has
 	}
 
 	stopped, killAt := r.await(ctx, c.killAfter, c.hurry)
 	left := r.endGroup(c.killAfter, killAt, c.hurry)
 	for _, reader := range r.readers {
-		reader.finish()
+		if over {
+			reader.handOver(c.spawn, c.output)
+		} else {
+			reader.finish()
+		}
 	}
 	for _, reader := range r.readers {
 		<-reader.done
@@ -108,19 +110,17 @@ func (c *command) run(ctx context.Context) (exitStatus, error) {
 	}
 	r.group.close()
 
-	status := exitStatus{code: -1, pid: r.process.Pid, stopped: stopped, left: left}
-	if state := r.endState(); state != nil {
-		status.code = state.ExitCode()
-		status.signal = signalName(state)
-		status.cpu = state.UserTime() + state.SystemTime()
-		status.maxRSS = maxRSS(state)
+	status := exitStatus{code: -1}
+	if r.exitedWithin(0) { // else not even SIGKILL ended it
+		status = r.end
 	}
+	status.pid, status.stopped, status.left = r.leader.pid, stopped, left
 	return status, refused
 }
 
 // A runningCommand is a command between its start and its end.
 type runningCommand struct {
-	process     *os.Process
+	leader      leader
 	identity    processIdentity
 	group       processGroup
 	readers     []*outputReader
@@ -128,9 +128,15 @@ type runningCommand struct {
 	stdinCopied chan struct{} // closed when nothing is copied any more
 
 	exited chan struct{} // closed when the process has been waited for
-	mu     sync.Mutex    // guards reaped and state, and the group's number while it is used
+	mu     sync.Mutex    // guards reaped and end, and the group's number while it is used
 	reaped bool
-	state  *os.ProcessState
+	end    exitStatus // how the process ended, without what belongs to the command as a whole
+}
+
+// A leader is the process that a command begins with, and that its group is named by.
+type leader struct {
+	pid     int
+	process *os.Process // nil: it is known by its number alone, which is no other's until wait has returned
 }
 
 // start finds the program and starts it, patiently when the system is short of something that will come back.
@@ -139,9 +145,9 @@ func (c *command) start(ctx context.Context) (*runningCommand, error) {
 	if err != nil {
 		return nil, err
 	}
-	env := c.env
-	if !c.envDone {
-		if env, err = completeEnv(c.env, c.dir); err != nil {
+	env := commandEnv{c.base, c.env}
+	if c.base == nil {
+		if env.own, err = completeEnv(c.env, c.dir); err != nil {
 			return nil, err
 		}
 	}
@@ -152,7 +158,7 @@ func (c *command) start(ctx context.Context) (*runningCommand, error) {
 		r, err := c.startOnce(path, argv, env)
 		if errors.Is(err, syscall.ENOEXEC) && c.argv != nil {
 			// As execvp does: a script without a #! line is the shell's.
-			if path, argv, err = scriptCommand(path, argv, c.dir, env); err == nil {
+			if path, argv, err = scriptCommand(path, argv, c.dir, env.list()); err == nil {
 				r, err = c.startOnce(path, argv, env)
 			}
 		}
@@ -169,34 +175,30 @@ func (c *command) start(ctx context.Context) (*runningCommand, error) {
 	}
 }
 
-// completeEnv gives the environment that a command in the folder dir is started with: each name once, and no NUL.
-func completeEnv(env []string, dir string) ([]string, error) {
-	for _, entry := range env {
-		if strings.IndexByte(entry, 0) >= 0 {
-			name, _, _ := strings.Cut(entry, "=")
-			return nil, execError("start command", fmt.Errorf("%q in its environment holds a NUL byte", name), "")
-		}
-	}
-	// os/exec knows how to drop what a later entry overrides, by each system's rules, and what Windows must have.
-	return (&exec.Cmd{Env: env, Dir: dir}).Environ(), nil
-}
-
 // program is the file to execute and its arguments.
 func (c *command) program() (path string, argv []string, err error) {
 	if c.argv == nil {
-		return shellCommand(c.line, c.dir, c.env)
+		return shellCommand(c.line, c.dir, c.searchedEnv())
 	}
 	if len(c.argv) == 0 {
 		return "", nil, execError("start command", errors.New("it is empty"), "")
 	}
-	if path, err = c.spawn.lookProgram(c.argv[0], c.dir, c.env); err == nil {
+	if path, err = c.spawn.lookProgram(c.argv[0], c.dir, c.searchedEnv()); err == nil {
 		err = checkArguments(path, c.argv[1:])
 	}
 	return path, c.argv, err
 }
 
+// searchedEnv is the environment whose PATH counts.
+func (c *command) searchedEnv() []string {
+	if c.base != nil {
+		return c.base.entries
+	}
+	return c.env
+}
+
 // startOnce opens the pipes and starts the process in a group of its own.
-func (c *command) startOnce(path string, argv, env []string) (r *runningCommand, err error) {
+func (c *command) startOnce(path string, argv []string, env commandEnv) (r *runningCommand, err error) {
 	r = &runningCommand{exited: make(chan struct{})}
 	var childEnds []*os.File
 	defer func() {
@@ -209,12 +211,14 @@ func (c *command) startOnce(path string, argv, env []string) (r *runningCommand,
 		}
 	}()
 
-	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	null, err := c.spawn.devNull()
 	if err != nil {
 		return r, err
 	}
-	childEnds = append(childEnds, null)
-	files := []*os.File{null, null, null}
+	if c.spawn == nil {
+		childEnds = append(childEnds, null)
+	}
+	files := [3]*os.File{null, null, null}
 
 	if file, ok := c.stdin.(*os.File); ok {
 		files[0] = file
@@ -238,13 +242,13 @@ func (c *command) startOnce(path string, argv, env []string) (r *runningCommand,
 		}
 	}
 
-	attr := &os.ProcAttr{Dir: c.dir, Env: env, Files: files, Sys: groupAttributes(c)}
-	if r.process, r.identity, err = c.spawn.startProcess(path, argv, attr); err != nil {
+	r.leader, r.identity, err = c.spawn.startProcess(path, argv, c.dir, env, files, groupAttributes(c))
+	if err != nil {
 		return r, err
 	}
-	if r.group, err = openGroup(r.process); err != nil {
-		r.process.Kill()
-		r.process.Wait()
+	if r.group, err = openGroup(r.leader.pid); err != nil {
+		r.leader.process.Kill()
+		r.leader.process.Wait()
 		return r, err
 	}
 	if r.stdinPipe != nil {
@@ -270,65 +274,49 @@ func (r *runningCommand) copyStdin(stdin io.Reader) {
 	io.Copy(r.stdinPipe, stdin) // an error here is a command that stopped reading, which is its own business
 }
 
-// soon is how long a command may run before a thread waits for its end.
+// soon is how long a command may run before others wait for its output and its end.
 const soon = 5 * time.Millisecond
 
-// endsSoon reaps a command that is over soon, as most are, without a thread that stands still for it meanwhile.
-func (r *runningCommand) endsSoon(ctx context.Context) bool {
+// endsSoon reads the output of a command that is over soon, as most are, and reaps it, all without another goroutine or
+// a thread that stands still for it. It returns false, with its readers as far as they have come, when the command is
+// not over.
+func (r *runningCommand) endsSoon(c *command) bool {
 	if len(r.readers) == 0 {
 		return false
 	}
-	timer := time.NewTimer(soon)
-	defer timer.Stop()
+	until := time.Now().Add(soon)
 	for _, reader := range r.readers {
-		select {
-		case <-reader.done:
-		case <-timer.C:
-			return false
-		case <-ctx.Done():
+		if !reader.endsBy(until, c.spawn) {
 			return false
 		}
 	}
 	// It has closed its output, and if it was by ending, it is as good as gone.
-	for range 3 {
-		if hasEnded(r.process.Pid) {
-			r.reap()
+	for range 4 {
+		r.mu.Lock()
+		r.end, r.reaped = r.leader.reapEnded()
+		r.mu.Unlock()
+		if r.reaped {
 			close(r.exited)
 			return true
 		}
-		runtime.Gosched()
+		yieldProcessor()
 	}
 	return false
-}
-
-// reap waits for a process that has ended. Nobody signals it meanwhile.
-func (r *runningCommand) reap() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.state, _ = r.process.Wait()
-	r.reaped = true
 }
 
 // wait reaps the process. From then on its number may become another's, so that happens where nobody signals it.
 func (r *runningCommand) wait() {
 	defer close(r.exited)
-	if awaitExit(r.process.Pid) {
-		r.reap()
+	if awaitExit(r.leader.pid) {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.end, r.reaped = r.leader.reap(), true
 		return
 	}
-	state, _ := r.process.Wait() // the system could not say it beforehand, and this may last
+	end := r.leader.reap() // the system could not say it beforehand, and this may last
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.state, r.reaped = state, true
-}
-
-func (r *runningCommand) endState() *os.ProcessState {
-	select {
-	case <-r.exited:
-		return r.state
-	default:
-		return nil // not even SIGKILL ended it
-	}
+	r.end, r.reaped = end, true
 }
 
 // signal does something to the group, unless its number may have become another's.

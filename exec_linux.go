@@ -22,6 +22,9 @@ func dieWithStarter(attr *syscall.SysProcAttr) bool {
 // hasEnded reports whether a child has ended, and leaves it to be waited for.
 func hasEnded(pid int) bool { return waitID(pid, syscall.WNOHANG) }
 
+// yieldProcessor lets another process go on that waits for this processor, such as one that is just ending.
+func yieldProcessor() { syscall.RawSyscall(syscall.SYS_SCHED_YIELD, 0, 0, 0) }
+
 // awaitExit returns true when a child has ended and leaves it to be waited for: until then its number stays its own.
 func awaitExit(pid int) bool { return waitID(pid, 0) }
 

@@ -28,6 +28,12 @@ type outputReader struct {
 
 	waits bool // whether the pipe's reads can be given a deadline
 
+	// Of whoever reads: endsBy, and then copy or handOver.
+	buffer *[]byte
+	held   int       // bytes of buffer that have not been handed over
+	gather time.Time // until when the chunk waits for more; zero: it has not begun
+	ended  bool      // the stream has
+
 	mu       sync.Mutex // guards what follows and the pipe's deadline
 	deadline time.Time  // set on the pipe; zero: none
 	groupEnd time.Time  // when the group was gone; zero while it lives
@@ -38,54 +44,78 @@ func newOutputReader(stream outputStream, pipe *os.File) *outputReader {
 	return &outputReader{stream: stream, pipe: pipe, done: make(chan struct{}), waits: waits}
 }
 
+// endsBy reads until a time and reports whether the stream has ended by then, with what it said in the buffer. Neither
+// more than that nor a longer stream is read.
+func (r *outputReader) endsBy(until time.Time, shared *spawner) bool {
+	if !r.waits || r.pipe.SetReadDeadline(until) != nil {
+		return false
+	}
+	r.deadline = until
+	r.buffer = shared.buffer()
+	for r.held < len(*r.buffer) {
+		n, err := r.pipe.Read((*r.buffer)[r.held:])
+		r.took(n)
+		if err != nil {
+			r.ended = !errors.Is(err, os.ErrDeadlineExceeded)
+			return r.ended
+		}
+	}
+	return false
+}
+
+// took counts what was read. The chunk waits for more from its first byte on.
+func (r *outputReader) took(n int) {
+	if r.held += n; n > 0 && r.gather.IsZero() {
+		r.gather = time.Now().Add(outputGather)
+	}
+}
+
+// handOver ends the reading of a stream that has ended.
+func (r *outputReader) handOver(shared *spawner, output func(outputStream, []byte)) {
+	if r.held > 0 {
+		output(r.stream, (*r.buffer)[:r.held])
+	}
+	shared.putBuffer(r.buffer)
+	r.pipe.Close()
+	close(r.done)
+}
+
 // copy hands over the stream until its end. When the group is gone but something outside it keeps the pipe open, the
 // end is reached once everything that was in the pipe has been read and no more follows, or follows for too long.
 func (r *outputReader) copy(shared *spawner, output func(outputStream, []byte)) {
-	defer close(r.done)
-	defer r.pipe.Close()
-	buffer := shared.buffer()
-	defer shared.putBuffer(buffer)
-	buf := *buffer
+	defer r.handOver(shared, output)
+	if r.buffer == nil {
+		r.buffer = shared.buffer()
+	}
+	buf := *r.buffer
 
-	held := 0            // bytes of buf that have not been handed over
-	var gather time.Time // until when the chunk waits for more; zero: it has not begun
-	caughtUp := false    // whether all that was written while the group lived has been read
-	for {
-		groupEnd := r.setDeadline(gather)
-		space := len(buf) - held
-		n, err := r.pipe.Read(buf[held:])
+	caughtUp := false // whether all that was written while the group lived has been read
+	for !r.ended {
+		groupEnd := r.setDeadline(r.gather)
+		space := len(buf) - r.held
+		n, err := r.pipe.Read(buf[r.held:])
 		timedOut := errors.Is(err, os.ErrDeadlineExceeded)
 		if timedOut && !groupEnd.IsZero() {
 			// The deadline may have passed before the system was asked at all, on a busy machine: ask it once more.
-			if n = readReady(r.pipe, buf[held:]); n > 0 {
+			if n = readReady(r.pipe, buf[r.held:]); n > 0 {
 				timedOut, err = false, nil
 			}
 		}
-		held += n
-		if n > 0 && gather.IsZero() {
-			gather = time.Now().Add(outputGather)
-		}
+		r.took(n)
 
-		end := err != nil && !timedOut
+		r.ended = err != nil && !timedOut
 		if !groupEnd.IsZero() {
 			caughtUp = caughtUp || n < space
-			end = end || timedOut || caughtUp && time.Since(groupEnd) > outputStragglers
+			r.ended = r.ended || timedOut || caughtUp && time.Since(groupEnd) > outputStragglers
 		}
-		if !end && !timedOut && held < len(buf) && r.waits {
+		if r.ended || !timedOut && r.held < len(buf) && r.waits {
 			continue
 		}
-		whole := held
-		if !end {
-			whole -= cutCharacter(buf[:held])
-		}
-		if whole > 0 {
+		if whole := r.held - cutCharacter(buf[:r.held]); whole > 0 {
 			output(r.stream, buf[:whole])
+			r.held = copy(buf, buf[whole:r.held])
 		}
-		if end {
-			return
-		}
-		held = copy(buf, buf[whole:held])
-		gather = time.Time{}
+		r.gather = time.Time{}
 	}
 }
 

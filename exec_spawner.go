@@ -1,27 +1,37 @@
 package main
 
-// exec_spawner.go owns what the commands of one worker share: the threads that start their processes, the buffers that
-// their output passes through, and what is found out once for all of them.
+// exec_spawner.go owns what the commands of one worker share: how their processes are started, the buffers that their
+// output passes through, and what is found out once for all of them.
 
 import (
+	"errors"
 	"os"
 	"runtime"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"time"
 )
 
-// A spawner starts processes from threads that end only with the worker. Linux can kill a child when the thread that
-// started it ends; Go's threads come and go, these stay. There are some, since a thread stands still from the fork of a
-// process to its exec. A nil spawner starts processes on the spot.
+// A spawner starts processes, each of which ends with the worker where the system can see to that. A nil spawner starts
+// them too, and they may survive.
 type spawner struct {
+	pid     int
+	unbind  func()
+	buffers sync.Pool   // of *[]byte, outputChunkBytes long
+	frames  sync.Pool   // of *vforkFrame
+	noVfork atomic.Bool // the system has refused it
+	boot    string      // see bootID
+	clock   bootClock
+
+	// Linux kills a child when the thread that started it ends. The standard library starts processes from threads that
+	// end only with the worker. There are some, since a thread stands still from the fork of a process to its exec.
+	engage   sync.Once
 	requests chan func()
 	threads  sync.WaitGroup
-	unbind   func()
-	buffers  sync.Pool // of *[]byte, outputChunkBytes long
-	boot     string    // see bootID
-	clock    bootClock
 
-	mu       sync.Mutex // guards programs
+	mu       sync.Mutex // guards what follows
+	null     *os.File   // os.DevNull; nil: not needed yet
 	programs map[programQuestion]programAnswer
 }
 
@@ -38,16 +48,20 @@ type programAnswer struct {
 	until time.Time
 }
 
-// startSpawner starts the threads.
+// startSpawner prepares for commands.
 func startSpawner() *spawner {
-	s := &spawner{
-		requests: make(chan func()), unbind: bindCommands(), boot: bootID(), programs: map[programQuestion]programAnswer{},
+	return &spawner{
+		pid: os.Getpid(), unbind: bindCommands(), requests: make(chan func()), boot: bootID(),
+		programs: map[programQuestion]programAnswer{},
 	}
+}
+
+// startThreads has processes started from threads.
+func (s *spawner) startThreads() {
 	for range max(2, runtime.NumCPU()) {
 		s.threads.Add(1)
 		go s.serve() // ends at close
 	}
-	return s
 }
 
 // serve never unlocks its thread, which therefore ends with it.
@@ -59,12 +73,28 @@ func (s *spawner) serve() {
 	}
 }
 
-// close ends the threads. Where the system binds children to it, those still running are killed: no command may be
+// close ends the threads. Where the system binds children to them, those still running are killed: no command may be
 // running, and none may be started.
 func (s *spawner) close() {
 	close(s.requests)
 	s.threads.Wait()
 	s.unbind()
+	if s.null != nil {
+		s.null.Close()
+	}
+}
+
+// devNull is os.DevNull, for each command that a nil spawner starts anew.
+func (s *spawner) devNull() (null *os.File, err error) {
+	if s == nil {
+		return os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.null == nil {
+		s.null, err = os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	}
+	return s.null, err
 }
 
 // lookProgram is lookProgram, with a short memory.
@@ -91,33 +121,47 @@ func (s *spawner) lookProgram(name, dir string, env []string) (string, error) {
 	return path, err
 }
 
-// startProcess is os.StartProcess and identifyProcess on one of the spawner's threads.
-func (s *spawner) startProcess(path string, argv []string, attr *os.ProcAttr) (process *os.Process, id processIdentity, err error) {
-	if s == nil {
-		if process, err = os.StartProcess(path, argv, attr); err == nil {
-			id = identifyProcess(process.Pid)
+// startProcess starts a process with these three files, and identifies it.
+func (s *spawner) startProcess(path string, argv []string, dir string, env commandEnv, files [3]*os.File,
+	sys *syscall.SysProcAttr) (l leader, id processIdentity, err error) {
+	before := int64(-1)
+	if s != nil {
+		before = s.clock.now()
+	}
+	if l.pid, err = s.vforkProcess(path, argv, dir, env, files); !errors.Is(err, errors.ErrUnsupported) {
+		return l, s.identify(l.pid, before), err
+	}
+	attr := &os.ProcAttr{Dir: dir, Env: env.list(), Files: files[:], Sys: sys}
+	start := func() {
+		if l.process, err = os.StartProcess(path, argv, attr); err == nil {
+			l.pid = l.process.Pid
+			id = s.identify(l.pid, before)
 		}
-		return process, id, err
 	}
-	if !dieWithStarter(attr.Sys) {
-		return s.startHere(path, argv, attr)
+	if s == nil || !dieWithStarter(attr.Sys) {
+		start()
+		return l, id, err
 	}
+	s.engage.Do(s.startThreads)
 	started := make(chan struct{})
 	s.requests <- func() {
-		process, id, err = s.startHere(path, argv, attr)
+		before = s.clock.now()
+		start()
 		close(started)
 	}
 	<-started
-	return process, id, err
+	return l, id, err
 }
 
-func (s *spawner) startHere(path string, argv []string, attr *os.ProcAttr) (*os.Process, processIdentity, error) {
-	before := s.clock.now()
-	process, err := os.StartProcess(path, argv, attr)
-	if err != nil {
-		return nil, processIdentity{}, err
+// identify is identifyProcess for one that was started since before.
+func (s *spawner) identify(pid int, before int64) processIdentity {
+	switch {
+	case pid == 0:
+		return processIdentity{}
+	case s == nil:
+		return identifyProcess(pid)
 	}
-	return process, processIdentity{PID: process.Pid, Start: s.clock.born(process.Pid, before), Boot: s.boot}, nil
+	return processIdentity{PID: pid, Start: s.clock.born(pid, before), Boot: s.boot}
 }
 
 // buffer takes a buffer of outputChunkBytes for one stream.

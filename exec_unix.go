@@ -26,7 +26,7 @@ type processGroup struct{ pgid int }
 
 func groupAttributes(*command) *syscall.SysProcAttr { return &syscall.SysProcAttr{Setpgid: true} }
 
-func openGroup(leader *os.Process) (processGroup, error) { return processGroup{leader.Pid}, nil }
+func openGroup(leader int) (processGroup, error) { return processGroup{leader}, nil }
 
 // terminate asks every member to end. A stopped process hears of it only when it goes on.
 func (g processGroup) terminate() {
@@ -232,22 +232,62 @@ func explainStart(path string, argv []string, err error) (hint string, cause err
 	return "", err
 }
 
-// maxRSS is in bytes. Only Darwin's kernel counts in them.
-func maxRSS(state *os.ProcessState) int64 {
-	usage, ok := state.SysUsage().(*syscall.Rusage)
-	if !ok {
-		return 0
-	}
-	if runtime.GOOS == "darwin" {
-		return int64(usage.Maxrss)
-	}
-	return int64(usage.Maxrss) << 10
+// reap waits for the process.
+func (l leader) reap() exitStatus {
+	end, _ := l.reapNow(0)
+	return end
 }
 
-// signalName is the signal that killed the process, "SIGKILL", or "".
-func signalName(state *os.ProcessState) string {
-	status, ok := state.Sys().(syscall.WaitStatus)
-	if !ok || !status.Signaled() {
+// reapEnded is reap for a process that has ended, false if it has not.
+func (l leader) reapEnded() (end exitStatus, ended bool) {
+	if l.process == nil {
+		return l.reapNow(syscall.WNOHANG)
+	}
+	if !hasEnded(l.pid) {
+		return end, false
+	}
+	return l.reap(), true
+}
+
+// reapNow is wait4(2).
+func (l leader) reapNow(options int) (end exitStatus, reaped bool) {
+	var status syscall.WaitStatus
+	var use syscall.Rusage
+	if l.process != nil {
+		state, err := l.process.Wait()
+		if err != nil {
+			return exitStatus{code: -1}, false
+		}
+		status, _ = state.Sys().(syscall.WaitStatus)
+		if used, ok := state.SysUsage().(*syscall.Rusage); ok {
+			use = *used
+		}
+	} else {
+		pid, err := syscall.Wait4(l.pid, &status, options, &use)
+		for err == syscall.EINTR {
+			pid, err = syscall.Wait4(l.pid, &status, options, &use)
+		}
+		if pid != l.pid {
+			return exitStatus{code: -1}, false
+		}
+	}
+	return exitStatus{
+		code: status.ExitStatus(), signal: signalName(status), maxRSS: maxRSS(&use),
+		cpu: time.Duration(use.Utime.Nano() + use.Stime.Nano()),
+	}, true
+}
+
+// maxRSS is in bytes. Only Darwin's kernel counts in them.
+func maxRSS(use *syscall.Rusage) int64 {
+	if runtime.GOOS == "darwin" {
+		return int64(use.Maxrss)
+	}
+	return int64(use.Maxrss) << 10
+}
+
+// signalName is the signal that killed a process, "SIGKILL", or "".
+func signalName(status syscall.WaitStatus) string {
+	if !status.Signaled() {
 		return ""
 	}
 	names := map[syscall.Signal]string{

@@ -67,7 +67,7 @@ type jobAccounting struct {
 }
 
 // openGroup puts the suspended leader into a job object and lets it run.
-func openGroup(leader *os.Process) (group processGroup, err error) {
+func openGroup(leader int) (group processGroup, err error) {
 	const (
 		processTerminate = 0x1
 		processSetQuota  = 0x100
@@ -77,7 +77,7 @@ func openGroup(leader *os.Process) (group processGroup, err error) {
 	if err != nil {
 		return group, err
 	}
-	group = processGroup{job, uint32(leader.Pid)}
+	group = processGroup{job, uint32(leader)}
 	defer func() {
 		if err != nil {
 			group.close()
@@ -173,8 +173,6 @@ func (g processGroup) close() { syscall.CloseHandle(g.job) }
 
 // dieWithStarter: the job object sees to it.
 func dieWithStarter(*syscall.SysProcAttr) bool { return false }
-
-func hasEnded(int) bool { return false }
 
 func awaitExit(int) bool { return false }
 
@@ -285,11 +283,19 @@ func hostLacks() []syscall.Errno {
 
 func explainStart(_ string, _ []string, err error) (hint string, cause error) { return "", err }
 
-// maxRSS is not told by os.
-func maxRSS(*os.ProcessState) int64 { return 0 }
+// reap waits for the process. The largest resident set is not told by os, and there are no signals.
+func (l leader) reap() exitStatus {
+	state, err := l.process.Wait()
+	if err != nil {
+		return exitStatus{code: -1}
+	}
+	return exitStatus{code: state.ExitCode(), cpu: state.UserTime() + state.SystemTime()}
+}
 
-// signalName: there are no signals.
-func signalName(*os.ProcessState) string { return "" }
+// reapEnded: false, the process has to be waited for to know.
+func (l leader) reapEnded() (end exitStatus, ended bool) { return end, false }
+
+func yieldProcessor() {}
 
 func commandPipe() (read, write *os.File, err error) { return os.Pipe() }
 

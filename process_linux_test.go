@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -223,9 +224,11 @@ func TestRunWithoutShell(t *testing.T) {
 	}
 }
 
-// A child dies with its worker although the goroutine that started it is long gone from its thread.
+// A child dies with its worker although the goroutine that started it is long gone from its thread: where processes are
+// started by the standard library.
 func TestSpawnerSurvivesThreads(t *testing.T) {
 	spawn := startSpawner()
+	spawn.noVfork.Store(true)
 	defer spawn.close()
 	ctx, cancel := context.WithCancel(context.Background())
 	c := roleCommand(t, "ready-then-hang")
@@ -250,6 +253,37 @@ func TestSpawnerSurvivesThreads(t *testing.T) {
 	cancel()
 	if status := end(); status.signal != "SIGTERM" {
 		t.Errorf("%+v; want SIGTERM", status)
+	}
+}
+
+// Where they are started by vfork any thread may do it, since none ends: neither ours nor those of the libraries.
+func TestWorkerKeepsItsThreads(t *testing.T) {
+	a := newAgent(t, "concurrency: 4\njobs: [{event: quick, cmd: 'true'}, {event: shell, cmd: 'echo a; sleep 0.01; echo b >&2'}]\n")
+	a.start()
+	defer a.stop()
+	a.awaitHealth("ok", "")
+	worker := a.childPID()
+	threads := func() (ids []string) {
+		entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", worker))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, entry := range entries {
+			ids = append(ids, entry.Name())
+		}
+		return ids
+	}
+	before := threads()
+	for range 3 {
+		a.createAll(t, "quick", 50, 8)
+		a.createAll(t, "shell", 50, 8)
+	}
+	waitFor(t, 30*time.Second, func() string { return unless(a.finished() == 300, fmt.Sprintf("%d have ended", a.finished())) })
+	after := threads()
+	for _, id := range before {
+		if !slices.Contains(after, id) {
+			t.Errorf("thread %s of %v has ended", id, before)
+		}
 	}
 }
 

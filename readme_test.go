@@ -46,7 +46,7 @@ func TestReadme(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, entry := range append(env, runner.env...) {
+	for _, entry := range append(env, runner.env.entries...) {
 		name, _, _ := strings.Cut(entry, "=")
 		if strings.HasPrefix(name, "JOB_") && !strings.HasPrefix(name, "JOB_ITEM_TEST") && !strings.Contains(readme, "`"+name+"`") {
 			t.Errorf("the README does not name the variable %s", name)

@@ -82,7 +82,7 @@ func (t *task) createdAt() time.Time { return fromNanos(t.created) }
 type jobRunner struct {
 	job      *Job
 	template *commandTemplate
-	env      []string
+	env      *baseEnv
 	removed  bool // no longer configured, and kept for its last tasks
 }
 
@@ -91,7 +91,7 @@ func (r *jobRunner) wasRemoved() bool { return r != nil && r.removed }
 
 // same reports whether a task would run the same way in both.
 func (r *jobRunner) same(other *jobRunner) bool {
-	return reflect.DeepEqual(r.job, other.job) && slices.Equal(r.env, other.env)
+	return reflect.DeepEqual(r.job, other.job) && slices.Equal(r.env.entries, other.env.entries)
 }
 
 func newJobRunner(cfg *Config, job *Job, baseURL string) (*jobRunner, error) {
@@ -128,17 +128,17 @@ func newJobRunner(cfg *Config, job *Job, baseURL string) (*jobRunner, error) {
 		entries = append(entries, name+"="+env[name])
 	}
 	r := &jobRunner{job: job, template: template}
-	r.env, err = completeEnv(entries, job.WorkingDir)
+	r.env, err = newBaseEnv(entries, job.WorkingDir)
 	return r, err
 }
 
-// taskEnv is the environment of one attempt at one task (PROTOCOL section 6, item 4).
+// taskEnv is what the environment of one attempt at one task has besides its job's (PROTOCOL section 6, item 4).
 func (r *jobRunner) taskEnv(cfg *Config, baseURL, id string, attempt int) []string {
 	host := cfg.EndPoint
 	if host == "" {
 		host = baseURL
 	}
-	return append(slices.Clip(r.env), taskEntries(host, baseURL, id, attempt)...)
+	return taskEntries(host, baseURL, id, attempt)
 }
 
 // taskEntries are those of the environment that differ between tasks.
@@ -281,7 +281,7 @@ func (w *worker) runCommand(ctx context.Context, t *task, with *setup) (a attemp
 	tail := &tailBuffer{limit: stderrTailBytes}
 	c := command{
 		argv: rendered.argv, line: rendered.line, dir: runner.job.WorkingDir,
-		env: runner.taskEnv(with.cfg, w.baseURL, t.id, int(t.attempts)+1), envDone: true,
+		base: runner.env, env: runner.taskEnv(with.cfg, w.baseURL, t.id, int(t.attempts)+1),
 		killAfter: with.cfg.KillAfter, hurry: w.hurry, spawn: w.spawner,
 		started: func(p processIdentity) error {
 			if err := w.taskRuns(t, p); err != nil {
