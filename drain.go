@@ -89,6 +89,7 @@ func (w *worker) close(ctx context.Context) {
 	if w.journal == nil {
 		return
 	}
+	w.spares.close()
 	if err := w.journal.close(); err != nil {
 		w.log.Error("journal not closed", errAttrs(err))
 	}

@@ -129,7 +129,7 @@ func TestHostFaultsOfWindows(t *testing.T) {
 // A task whose id is the name of a device would write its data there, and its command would find none.
 func TestDataFileIsNoDevice(t *testing.T) {
 	for _, id := range []string{"nul", "CON", "com1"} {
-		err := writeDataFile(id+".json", []byte("{}"), false)
+		_, err := (*spareFiles)(nil).writeDataFile(id+".json", []byte("{}"), false)
 		if codeOf(err) != codeDataFileWrite {
 			t.Errorf("the data file of task %q: %v; want code %s", id, err, codeDataFileWrite)
 		}

@@ -4,11 +4,9 @@ package main
 // in the journal that makes its end count. What comes before and after is in worker.go.
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"maps"
 	"os"
@@ -262,7 +260,8 @@ func (w *worker) runCommand(ctx context.Context, t *task, with *setup) (a attemp
 		return a
 	}
 	file := filepath.Join(runner.job.WorkingDir, t.id+".json")
-	if err := writeDataFile(file, data, t.ran || t.crashes > 0 || t.failures > 0); err != nil {
+	spare, err := w.spares.writeDataFile(file, data, t.ran || t.crashes > 0 || t.failures > 0)
+	if err != nil {
 		a.err, a.hostFault = err, isHostFault(err)
 		return a
 	}
@@ -270,6 +269,7 @@ func (w *worker) runCommand(ctx context.Context, t *task, with *setup) (a attemp
 		if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			w.log.Warn("data file not removed", errAttrs(err), "task_id", t.id)
 		}
+		w.spares.rest(spare)
 	}()
 	w.records.keepData(t.id, data)
 
@@ -514,51 +514,6 @@ func (a attempt) reason() string {
 	default:
 		return "exit code " + strconv.Itoa(a.exit.code)
 	}
-}
-
-// writeDataFile writes a task's {task_id}.json, mode 0600 (PROTOCOL section 6, item 2). A file of that name is only
-// overwritten when it is one of ours: from an earlier attempt, or with the beginning of the very same data in it.
-func writeDataFile(path string, data []byte, again bool) error {
-	op := fmt.Sprintf("write data file %q", path)
-	if !filepath.IsLocal(filepath.Base(path)) {
-		return fail(codeDataFileWrite, op, errors.New("this system takes the name for a device"))
-	}
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if errors.Is(err, fs.ErrExist) {
-		if !again && !holdsBeginning(path, data) {
-			return fail(codeDataFile, op, errors.New("there is a file of this name already, and it is not the task's"))
-		}
-		// Removed rather than truncated: the path may have become a link.
-		if err = os.Remove(path); err == nil {
-			f, err = os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-		}
-	}
-	if err == nil {
-		_, err = f.Write(data)
-		err = errors.Join(err, f.Close())
-		if err != nil {
-			os.Remove(path)
-		}
-	}
-	if err != nil {
-		return fail(codeDataFileWrite, op, err)
-	}
-	return nil
-}
-
-// holdsBeginning reports whether path is a regular file with a beginning of data in it: what a crash leaves.
-func holdsBeginning(path string, data []byte) bool {
-	info, err := os.Lstat(path)
-	if err != nil || !info.Mode().IsRegular() || info.Size() > int64(len(data)) {
-		return false
-	}
-	f, err := os.Open(path)
-	if err != nil {
-		return false
-	}
-	defer f.Close()
-	content, err := io.ReadAll(io.LimitReader(f, int64(len(data))))
-	return err == nil && bytes.HasPrefix(data, content)
 }
 
 // A tailBuffer keeps the last bytes of what is written to it.

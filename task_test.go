@@ -105,7 +105,7 @@ func TestWriteDataFile(t *testing.T) {
 		} else if row.there != "" {
 			write(path, row.there)
 		}
-		err := writeDataFile(path, data, row.again)
+		_, err := (*spareFiles)(nil).writeDataFile(path, data, row.again)
 		if codeOf(err) != row.code {
 			t.Errorf("%s: %v; want code %q", row.name, err, row.code)
 		}
@@ -124,7 +124,7 @@ func TestWriteDataFile(t *testing.T) {
 	if content, _ := os.ReadFile(precious); string(content) != "keep me" {
 		t.Errorf("a link led to %q being overwritten", content)
 	}
-	if err := writeDataFile(filepath.Join(dir, "gone", "x.json"), data, false); codeOf(err) != codeDataFileWrite {
+	if _, err := (*spareFiles)(nil).writeDataFile(filepath.Join(dir, "gone", "x.json"), data, false); codeOf(err) != codeDataFileWrite {
 		t.Errorf("missing folder: %v", err)
 	}
 }

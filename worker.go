@@ -34,7 +34,8 @@ type worker struct {
 	orders  workerOrders
 	started time.Time
 
-	journal *journal // set by open, once it could be opened
+	journal *journal    // set by open, once it could be opened
+	spares  *spareFiles // likewise
 
 	setup    atomic.Pointer[setup] // replaced with mu held
 	changing sync.Mutex            // held while consumers and links are changed
@@ -162,6 +163,7 @@ func (w *worker) openStores(ctx context.Context) error {
 	if err := w.patiently(ctx, "records", w.records.takeOver); err != nil {
 		return err
 	}
+	w.spares = openSpareFiles(w.config().DataDir)
 	w.bus.subscribe(w.report)
 	w.recover(found)
 	return nil
