@@ -297,6 +297,8 @@ func (l leader) reapEnded() (end exitStatus, ended bool) { return end, false }
 
 func yieldProcessor() {}
 
+func hearOfNoChildren() {}
+
 func commandPipe() (read, write *os.File, err error) { return os.Pipe() }
 
 // A bootClock is Linux's.

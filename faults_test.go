@@ -645,6 +645,57 @@ func TestStopWhileJournalIsBroken(t *testing.T) {
 	stop()
 }
 
+// TestFailedSyncTakesTaskBack has a task begin while the disk makes sure of it, which fails: whoever created it hears so,
+// its command is ended, and nothing of it is left. One that has run to its end by then counts.
+func TestFailedSyncTakesTaskBack(t *testing.T) {
+	dir := t.TempDir()
+	w, stop := openWorkerForTest(t, dir, `jobs:
+  - {event: long, cmd: 'echo run >> runs; sleep 60'}
+  - {event: short, cmd: 'echo run >> runs'}
+`)
+	runs := func() int {
+		content, _ := os.ReadFile(filepath.Join(dir, "runs"))
+		return strings.Count(string(content), "\n")
+	}
+	for n, row := range []struct {
+		event string
+		begun func() string // that it has come as far as it is to
+		code  errCode
+	}{
+		{"long", func() string { return unless(runs() == 1 && w.runningTasks.Load() == 1, "it has not begun") }, codeJournalWrite},
+		{"short", func() string { return unless(runs() == 2 && w.runningTasks.Load() == 0, "it has not ended") }, ""},
+	} {
+		w.journal.mu.Lock()
+		gate := gatedFile{w.journal.tail().file, make(chan bool), make(chan error), make(chan bool)}
+		w.journal.tail().file = gate
+		w.journal.mu.Unlock()
+		created := make(chan error, 1)
+		go func() { // ends when the task is accepted, or not
+			_, err := w.create(t.Context(), "", row.event, nil)
+			created <- err
+		}()
+		<-gate.begun
+		waitFor(t, 10*time.Second, row.begun)
+		gate.end <- syscall.EIO
+		close(gate.open)
+		if err := <-created; codeOf(err) != row.code {
+			t.Errorf("%s: create = %v; want %s", row.event, err, row.code)
+		}
+		waitFor(t, 10*time.Second, func() string {
+			h := w.health()
+			return unless(h.Status == healthOK && h.Jobs.Running+h.Jobs.Queued == 0 && h.Jobs.Finish == int64(n), fmt.Sprintf("health is %+v", h))
+		})
+	}
+	if live := len(w.records.live); live > 0 {
+		t.Errorf("%d records are left of it", live)
+	}
+	stop()
+	w, _ = openWorkerForTest(t, dir, "jobs: [{event: long, cmd: 'echo run >> runs; sleep 60'}]\n")
+	if h := w.health(); h.Jobs.Running+h.Jobs.Queued > 0 || runs() != 2 {
+		t.Errorf("after a restart: %+v, %d runs", h, runs())
+	}
+}
+
 // times is a sample of how long something took.
 type times []time.Duration
 

@@ -153,33 +153,43 @@ func openJournalSized(dir string, sizes journalSizes) (j *journal, tasks []journ
 // accept makes the journal answer for a task. It is durable on return, unless the broker holds it too: then it is only
 // written. The process, outcome and counts of t are kept as they are.
 func (j *journal) accept(t journalTask, data []byte) error {
+	durable, err := j.enter(t, data)
+	if err != nil {
+		return err
+	}
+	return durable.wait()
+}
+
+// enter is accept that returns as soon as the task is written. It is accepted once durable has been waited for; should
+// that fail, the journal has forgotten it.
+func (j *journal) enter(t journalTask, data []byte) (durable *syncBatch, err error) {
 	op := "accept task " + strconv.Quote(t.ID)
 	if t.ID == "" {
-		return taskMisfit(op, errors.New("it has no id"))
+		return nil, taskMisfit(op, errors.New("it has no id"))
 	}
 	if len(data) > maxTaskDataBytes {
-		return taskMisfit(op, fmt.Errorf("%d bytes of data, at most %d fit", len(data), maxTaskDataBytes))
+		return nil, taskMisfit(op, fmt.Errorf("%d bytes of data, at most %d fit", len(data), maxTaskDataBytes))
 	}
 	frame, err := taskFrame(j.order.Add(1)-1, t, data)
 	if err != nil {
-		return taskMisfit(op, err)
+		return nil, taskMisfit(op, err)
 	}
 
 	j.mu.Lock()
 	if _, known := j.tasks[t.ID]; known {
 		j.mu.Unlock()
-		return taskMisfit(op, errors.New("the journal holds it already"))
+		return nil, taskMisfit(op, errors.New("the journal holds it already"))
 	}
 	if !j.reserved && !j.closed {
 		// What room is left belongs to the tasks that were accepted already.
 		err := j.fault
 		j.mu.Unlock()
-		return err
+		return nil, err
 	}
 	place, err := j.append(frame, false)
 	if err != nil {
 		j.mu.Unlock()
-		return err
+		return nil, err
 	}
 	run := runState{attempts: t.Attempts, crashes: t.Crashes, failures: t.Failures,
 		due: t.Due, process: t.Process, outcome: t.Outcome}
@@ -189,12 +199,12 @@ func (j *journal) accept(t journalTask, data []byte) error {
 	}
 	if t.Held {
 		j.mu.Unlock()
-		return nil
+		return nil, nil
 	}
 	batch := j.joinBatch()
 	batch.accepted = append(batch.accepted, t.ID)
 	j.mu.Unlock()
-	return batch.wait()
+	return batch, nil
 }
 
 // adopt makes the journal answer for a task that until now the broker held. It is durable on return.
@@ -312,11 +322,11 @@ func (j *journal) forget(id string, kind byte) error {
 func (j *journal) data(id string) ([]byte, error) {
 	op := "read data of task " + strconv.Quote(id)
 	for {
-		place, live := j.place(id)
+		place, file, live := j.place(id)
 		if !live {
 			return nil, taskMisfit(op, errors.New("the journal holds no such task"))
 		}
-		payload, err := readRecord(place)
+		payload, err := readRecord(place, file)
 		if err == nil {
 			if rec, ok := readTaskRecord(payload); ok && string(rec.id) == id {
 				return rec.data, nil
@@ -324,17 +334,20 @@ func (j *journal) data(id string) ([]byte, error) {
 			err = errRecordDamaged
 		}
 		// Compaction may have moved it meanwhile.
-		if again, live := j.place(id); !live || again == place {
+		if again, _, live := j.place(id); !live || again == place {
 			return nil, fail(codeJournalRead, op, err)
 		}
 	}
 }
 
-func (j *journal) place(id string) (place recordPlace, live bool) {
+// place is where a task's record lies, and the file if it is open.
+func (j *journal) place(id string) (place recordPlace, file journalFile, live bool) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	place, live = j.tasks[id]
-	return place, live
+	if place, live = j.tasks[id]; live {
+		file = place.segment.file
+	}
+	return place, file, live
 }
 
 // outcome is how a task ended, of the last 50,000, once that is durable.

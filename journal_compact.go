@@ -306,7 +306,7 @@ func (j *journal) copyTask(place recordPlace, payload []byte) error {
 
 // frameToMove reads a task back and makes a record of its present state.
 func frameToMove(place recordPlace, run *runState) ([]byte, error) {
-	payload, err := readRecord(place)
+	payload, err := readRecord(place, nil)
 	if err != nil {
 		return nil, err
 	}

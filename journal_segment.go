@@ -43,8 +43,9 @@ var (
 	errRecordDamaged  = errors.New("damaged record")
 )
 
-// A journalFile is a segment open for writing.
+// A journalFile is a segment that is open.
 type journalFile interface {
+	io.ReaderAt
 	io.WriterAt
 	Truncate(size int64) error
 	Sync() error
@@ -165,15 +166,22 @@ func parseFrameHeader(header []byte, salt uint64, offset int64) (length int, sum
 	return int(n), binary.LittleEndian.Uint32(header[8:]), n > 0 && n <= maxPayloadBytes
 }
 
-// readRecord reads one record back and checks it.
-func readRecord(place recordPlace) (payload []byte, err error) {
-	f, err := os.Open(place.segment.path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
+// readRecord reads one record back and checks it. file is its segment, nil if that is not open.
+func readRecord(place recordPlace, file journalFile) (payload []byte, err error) {
 	frame := make([]byte, place.bytes())
-	if _, err := f.ReadAt(frame, place.offset); err != nil {
+	err = os.ErrClosed
+	if file != nil {
+		_, err = file.ReadAt(frame, place.offset)
+	}
+	if errors.Is(err, os.ErrClosed) { // perhaps meanwhile, as it is complete
+		var f *os.File
+		if f, err = os.Open(place.segment.path); err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		_, err = f.ReadAt(frame, place.offset)
+	}
+	if err != nil {
 		return nil, err
 	}
 	length, sum, ok := parseFrameHeader(frame, place.segment.salt, place.offset)

@@ -22,7 +22,11 @@ type syncBatch struct {
 	accepted []string // tasks to be forgotten if it fails
 }
 
+// wait returns when the sync has been, with how it went. What nil stands for waits for none.
 func (b *syncBatch) wait() error {
+	if b == nil {
+		return nil
+	}
 	<-b.done
 	return b.err
 }

@@ -875,7 +875,7 @@ func FuzzJournal(f *testing.F) {
 				t.Fatal(err)
 			}
 		}
-		_, known := j.place("after")
+		_, _, known := j.place("after")
 		if !known {
 			mustAccept(t, j, "after", "new")
 		}

@@ -94,6 +94,7 @@ func joinParent(inv *invocation) (*lifeline, error) {
 	notices := os.Stdout
 	os.Stdout = os.Stderr // whatever else would print there goes to the log
 	sealDescriptors()
+	hearOfNoChildren()
 	l := &lifeline{orders: newLineReader(inv.stdin)}
 	if err := l.begin(inv, notices); err != nil {
 		return nil, fail(codeLifeline, "read the parent's first order", err)

@@ -172,6 +172,8 @@ func (w *worker) startTask(t *task) {
 		w.queue.done(t.event)
 		w.wakeConsumers()
 		switch {
+		case putBack && w.isUnaccepted(t):
+			w.dropUnaccepted(t)
 		case putBack:
 			w.putBack(t)
 		case a.hostFault:
@@ -373,8 +375,17 @@ func (w *worker) stopRequest(t *task) taskStatus {
 		return statusTerminate
 	case errors.Is(t.stopped, errTimedOut):
 		return statusTimeout
+	case errors.Is(t.stopped, errUnaccepted): // while it waited for another attempt
+		return statusTerminate
 	}
 	return ""
+}
+
+// isUnaccepted reports whether a task was stopped since the journal could not accept it.
+func (w *worker) isUnaccepted(t *task) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return errors.Is(t.stopped, errUnaccepted)
 }
 
 // concludeUnstarted ends a task that was stopped while it waited.

@@ -20,6 +20,9 @@ import (
 // also those that were put back unharmed when a worker stopped.
 const maxPutBacks = 4
 
+// takeBackPause lies between two looks at a task that is being taken back.
+const takeBackPause = 10 * time.Millisecond
+
 // settleTimeout bounds how long one delivery may take to be acknowledged, and the last reports of a stopping worker.
 const settleTimeout = 5 * time.Second
 
@@ -93,6 +96,7 @@ var (
 	errTerminated = errors.New("terminated on request")
 	errTimedOut   = errors.New("timed out on request")
 	errPutBack    = errors.New("the worker stops")
+	errUnaccepted = errors.New("the journal could not accept it")
 )
 
 // newWorker prepares a worker that has no journal yet: it answers for its health and accepts nothing.
@@ -308,7 +312,7 @@ func (w *worker) accept(l *brokerLink, event string, d Delivery, m taskMessage) 
 	w.perEvent[event]++
 	w.mu.Unlock()
 
-	err := w.journal.accept(journalTask{
+	durable, err := w.journal.enter(journalTask{
 		ID: t.id, Subject: d.Subject, Event: event, Held: d.Held, CreatedAt: t.createdAt(),
 		Attempts: int(t.attempts), Crashes: int(t.crashes),
 	}, m.Data)
@@ -320,9 +324,6 @@ func (w *worker) accept(l *brokerLink, event string, d Delivery, m taskMessage) 
 			d.Nack(err)
 		}
 		return
-	}
-	if !d.Held && d.Ack != nil {
-		w.ack(d) // the journal answers from here on
 	}
 	w.mu.Lock()
 	t.accepted = true
@@ -337,6 +338,41 @@ func (w *worker) accept(l *brokerLink, event string, d Delivery, m taskMessage) 
 	w.control(t)
 	w.bus.publish(taskQueued{TaskID: t.id, Event: event, Name: w.nameOf(event), At: t.createdAt()})
 	w.queue.add(t)
+	// It may begin while the disk makes sure of it; until then nobody is told that it is accepted.
+	if err := durable.wait(); err != nil && !w.takeBack(t, err) {
+		if d.Nack != nil {
+			d.Nack(err)
+		}
+		return
+	}
+	if !d.Held && d.Ack != nil {
+		w.ack(d) // the journal answers from here on
+	}
+}
+
+// takeBack ends a task that the journal could not accept after all. It returns true if it has run to its end already:
+// then its end counts.
+func (w *worker) takeBack(t *task, reason error) (ended bool) {
+	w.counts.unaccepted.Add(1)
+	w.log.Error("task not accepted", errAttrs(reason), "task_id", t.id)
+	for !w.queue.remove(t) {
+		w.mu.Lock()
+		ended, gone := t.status.final(), w.known[t.id] != t
+		w.mu.Unlock()
+		if ended || gone {
+			return ended
+		}
+		w.stopTask(t, errUnaccepted)
+		time.Sleep(takeBackPause) // the disk is failing, and its command is being stopped
+	}
+	w.dropUnaccepted(t)
+	return false
+}
+
+// dropUnaccepted forgets a task as if it had never been there.
+func (w *worker) dropUnaccepted(t *task) {
+	w.records.release(t.id)
+	w.forget(t.id)
 }
 
 // adopt makes the journal answer for a task before its broker's patience ends, and acknowledges it.
