@@ -159,6 +159,9 @@ type attempt struct {
 	stderrTail string
 	final      bool // running it again would not help
 	hostFault  bool // neither the command nor its data is to blame: this host lacks something for the moment
+
+	dataFile string     // to be removed; "": there is none
+	spare    *spareFile // what it is, see writeDataFile
 }
 
 // startTask runs a task in a slot that the scheduler gave it.
@@ -166,22 +169,29 @@ func (w *worker) startTask(t *task) {
 	w.runningTasks.Add(1)
 	w.tasks.Add(1)
 	go func() { // ends with the task's attempt
-		defer w.tasks.Done()
 		a, putBack := w.attemptTask(t)
 		w.runningTasks.Add(-1)
+		// The goroutine that was started last runs first: that of the next task, which done starts.
+		go w.endAttempt(t, a, putBack) // ends when the task's end is on disk, or when it waits again
 		w.queue.done(t.event)
 		w.wakeConsumers()
-		switch {
-		case putBack && w.isUnaccepted(t):
-			w.dropUnaccepted(t)
-		case putBack:
-			w.putBack(t)
-		case a.hostFault:
-			w.postpone(t, a.err)
-		default:
-			w.conclude(t, a)
-		}
 	}()
+}
+
+// endAttempt does what is left to do when a task has given its slot back.
+func (w *worker) endAttempt(t *task, a attempt, putBack bool) {
+	defer w.tasks.Done()
+	w.removeDataFile(t, a)
+	switch {
+	case putBack && w.isUnaccepted(t):
+		w.dropUnaccepted(t)
+	case putBack:
+		w.putBack(t)
+	case a.hostFault:
+		w.postpone(t, a.err)
+	default:
+		w.conclude(t, a)
+	}
 }
 
 // attemptTask runs a task once. putBack says that it did not end by itself and no one asked for its end: it is to run
@@ -247,7 +257,7 @@ func (w *worker) staleTask(id string, leader processIdentity) staleTask {
 	return staleTask{process: leader, taskID: id, env: []string{"JOB_ITEM_BASE_URL=" + w.baseURL}}
 }
 
-// runCommand writes the data file, runs the command and removes the file again.
+// runCommand writes the data file and runs the command. The file is to be removed.
 func (w *worker) runCommand(ctx context.Context, t *task, with *setup) (a attempt) {
 	a.status = statusError
 	runner := with.jobs[t.event]
@@ -262,17 +272,12 @@ func (w *worker) runCommand(ctx context.Context, t *task, with *setup) (a attemp
 		return a
 	}
 	file := filepath.Join(runner.job.WorkingDir, t.id+".json")
-	spare, err := w.spares.writeDataFile(file, data, t.ran || t.crashes > 0 || t.failures > 0)
+	a.spare, err = w.spares.writeDataFile(file, data, t.ran || t.crashes > 0 || t.failures > 0)
 	if err != nil {
 		a.err, a.hostFault = err, isHostFault(err)
 		return a
 	}
-	defer func() {
-		if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			w.log.Warn("data file not removed", errAttrs(err), "task_id", t.id)
-		}
-		w.spares.rest(spare)
-	}()
+	a.dataFile = file
 	w.records.keepData(t.id, data)
 
 	if runner.job.Timeout > 0 {
@@ -311,6 +316,17 @@ func (w *worker) runCommand(ctx context.Context, t *task, with *setup) (a attemp
 	}
 	a.final = a.exit.code == exitBadData
 	return a
+}
+
+// removeDataFile removes what runCommand has written.
+func (w *worker) removeDataFile(t *task, a attempt) {
+	if a.dataFile == "" {
+		return
+	}
+	if err := os.Remove(a.dataFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		w.log.Warn("data file not removed", errAttrs(err), "task_id", t.id)
+	}
+	w.spares.rest(a.spare)
 }
 
 // taskRuns notes that a task's command has been started, first of all where a worker after this one finds it.
