@@ -21,8 +21,10 @@ type spawner struct {
 	buffers sync.Pool   // of *[]byte, outputChunkBytes long
 	frames  sync.Pool   // of *vforkFrame
 	noVfork atomic.Bool // the system has refused it
-	boot    string      // see bootID
-	clock   bootClock
+
+	openFiles atomic.Pointer[fileLimit] // that processes are started with; nil: not known yet
+	boot      string                    // see bootID
+	clock     bootClock
 
 	// Linux kills a child when the thread that started it ends. The standard library starts processes from threads that
 	// end only with the worker. There are some, since a thread stands still from the fork of a process to its exec.
@@ -34,6 +36,9 @@ type spawner struct {
 	null     *os.File   // os.DevNull; nil: not needed yet
 	programs map[programQuestion]programAnswer
 }
+
+// A fileLimit is the kernel's struct rlimit64, for open files.
+type fileLimit struct{ soft, hard uint64 }
 
 // A program that was found is taken for the right one for a while: looking it up asks the system for it in each folder of
 // the PATH.
@@ -136,9 +141,12 @@ func (s *spawner) startProcess(path string, argv []string, dir string, env comma
 		if l.process, err = os.StartProcess(path, argv, attr); err == nil {
 			l.pid = l.process.Pid
 			id = s.identify(l.pid, before)
+			if s != nil {
+				s.learnLimit(l.pid)
+			}
 		}
 	}
-	if s == nil || !dieWithStarter(attr.Sys) {
+	if s == nil || !dieWithStarter(attr.Sys) || s.canVfork() {
 		start()
 		return l, id, err
 	}

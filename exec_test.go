@@ -266,42 +266,78 @@ func processState(pid int) (state byte, ok bool) {
 	return 0, false
 }
 
+// eachWay runs a test for commands that the standard library starts, and for those that a spawner does.
+func eachWay(t *testing.T, test func(t *testing.T, spawn *spawner)) {
+	t.Run("library", func(t *testing.T) { test(t, nil) })
+	t.Run("spawner", func(t *testing.T) {
+		spawn := startSpawner()
+		defer spawn.close()
+		test(t, spawn)
+	})
+}
+
+func spawning(c *command, spawn *spawner) *command {
+	c.spawn = spawn
+	return c
+}
+
 func TestRunStatus(t *testing.T) {
-	for _, row := range []struct {
-		args   []string
-		code   int
-		signal string
-	}{
-		{[]string{"exit", "0"}, 0, ""},
-		{[]string{"exit", "3"}, 3, ""},
-		{[]string{"die-by-signal", "9"}, -1, "SIGKILL"},
-		{[]string{"die-by-signal", "15"}, -1, "SIGTERM"},
-		{[]string{"die-by-signal", strconv.Itoa(int(syscall.SIGXCPU))}, -1, "SIGXCPU"},
-	} {
-		status := mustRun(t, context.Background(), roleCommand(t, row.args...))
-		if status.code != row.code || status.signal != row.signal || status.stopped || status.pid < 2 {
-			t.Errorf("run %q = %+v; want code %d, signal %q", row.args, status, row.code, row.signal)
+	eachWay(t, func(t *testing.T, spawn *spawner) {
+		for _, row := range []struct {
+			args   []string
+			code   int
+			signal string
+		}{
+			{[]string{"exit", "0"}, 0, ""},
+			{[]string{"exit", "3"}, 3, ""},
+			{[]string{"die-by-signal", "9"}, -1, "SIGKILL"},
+			{[]string{"die-by-signal", "15"}, -1, "SIGTERM"},
+			{[]string{"die-by-signal", strconv.Itoa(int(syscall.SIGXCPU))}, -1, "SIGXCPU"},
+		} {
+			status := mustRun(t, context.Background(), spawning(roleCommand(t, row.args...), spawn))
+			if status.code != row.code || status.signal != row.signal || status.stopped || status.pid < 2 {
+				t.Errorf("run %q = %+v; want code %d, signal %q", row.args, status, row.code, row.signal)
+			}
+			if status.cpu <= 0 || status.cpu > time.Minute || status.maxRSS < 1<<20 || status.maxRSS > 1<<40 {
+				t.Errorf("run %q used cpu %v, %d bytes", row.args, status.cpu, status.maxRSS)
+			}
 		}
-		if status.cpu <= 0 || status.cpu > time.Minute || status.maxRSS < 1<<20 || status.maxRSS > 1<<40 {
-			t.Errorf("run %q used cpu %v, %d bytes", row.args, status.cpu, status.maxRSS)
+	})
+}
+
+// A command has the limit on open files that this process was started with, and not the one that Go has raised it to.
+func TestRunKeepsLimitOfFiles(t *testing.T) {
+	limit := func(spawn *spawner) string {
+		var out collected
+		mustRun(t, context.Background(), &command{line: "ulimit -Sn; ulimit -Hn", output: out.take, spawn: spawn})
+		return out.text()
+	}
+	spawn := startSpawner()
+	defer spawn.close()
+	want := limit(nil)
+	for i := range 3 {
+		if got := limit(spawn); got != want {
+			t.Errorf("command %d has the limits %q; want %q", i, got, want)
 		}
 	}
 }
 
 func TestRunLine(t *testing.T) {
-	var out collected
-	c := &command{line: "echo \"$A-$B\"; pwd; echo err >&2; exit 7", dir: t.TempDir(), output: out.take,
-		env: []string{"A=0", "B=2", "A=1", "PATH=/usr/bin:/bin"}}
-	status := mustRun(t, context.Background(), c)
-	want := "1-2\n" + c.dir + "\n"
-	if status.code != 7 || out.text() != want || out.stderr.String() != "err\n" {
-		t.Errorf("code %d, stdout %q, stderr %q; want 7, %q, \"err\\n\"", status.code, out.text(), out.stderr.String(), want)
-	}
+	eachWay(t, func(t *testing.T, spawn *spawner) {
+		var out collected
+		c := &command{line: "echo \"$A-$B\"; pwd; echo err >&2; exit 7", dir: t.TempDir(), output: out.take,
+			env: []string{"A=0", "B=2", "A=1", "PATH=/usr/bin:/bin"}, spawn: spawn}
+		status := mustRun(t, context.Background(), c)
+		want := "1-2\n" + c.dir + "\n"
+		if status.code != 7 || out.text() != want || out.stderr.String() != "err\n" {
+			t.Errorf("code %d, stdout %q, stderr %q; want 7, %q, \"err\\n\"", status.code, out.text(), out.stderr.String(), want)
+		}
 
-	status = mustRun(t, context.Background(), &command{line: "-x || exit 4"})
-	if status.code != 4 {
-		t.Errorf("a line that looks like an option: code %d; want 4", status.code)
-	}
+		status = mustRun(t, context.Background(), &command{line: "-x || exit 4", spawn: spawn})
+		if status.code != 4 {
+			t.Errorf("a line that looks like an option: code %d; want 4", status.code)
+		}
+	})
 }
 
 func TestRunStdin(t *testing.T) {
@@ -660,63 +696,65 @@ func TestRunAlreadyStopped(t *testing.T) {
 }
 
 func TestRunCannotStart(t *testing.T) {
-	dir := t.TempDir()
-	write := func(name, text string, mode os.FileMode) string {
-		path := filepath.Join(dir, name)
-		if err := os.WriteFile(path, []byte(text), mode); err != nil {
-			t.Fatal(err)
+	eachWay(t, func(t *testing.T, spawn *spawner) {
+		dir := t.TempDir()
+		write := func(name, text string, mode os.FileMode) string {
+			path := filepath.Join(dir, name)
+			if err := os.WriteFile(path, []byte(text), mode); err != nil {
+				t.Fatal(err)
+			}
+			return path
 		}
-		return path
-	}
-	plain := write("plain", "#!/bin/sh\n", 0o644)
-	crlf := write("crlf", "#!/bin/sh\r\n", 0o755)
-	lost := write("lost", "#! /no/such/interpreter -x\n", 0o755)
-	foreign := write("foreign", "\x00\x01MZ\x00", 0o755)
-	busy := write("busy", "#!/bin/sh\n", 0o755)
-	if runtime.GOOS == "linux" {
-		file, err := os.OpenFile(busy, os.O_WRONLY, 0)
-		if err != nil {
-			t.Fatal(err)
+		plain := write("plain", "#!/bin/sh\n", 0o644)
+		crlf := write("crlf", "#!/bin/sh\r\n", 0o755)
+		lost := write("lost", "#! /no/such/interpreter -x\n", 0o755)
+		foreign := write("foreign", "\x00\x01MZ\x00", 0o755)
+		busy := write("busy", "#!/bin/sh\n", 0o755)
+		if runtime.GOOS == "linux" {
+			file, err := os.OpenFile(busy, os.O_WRONLY, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer file.Close()
 		}
-		defer file.Close()
-	}
-	for _, row := range []struct {
-		c    command
-		want []string // parts of the error and its hint
-	}{
-		{command{argv: []string{}}, []string{"empty"}},
-		{command{argv: []string{""}}, []string{"empty"}},
-		{command{argv: []string{"no-such-program"}, env: []string{"PATH=/usr/bin:/nowhere"}},
-			[]string{`"no-such-program"`, `PATH "/usr/bin:/nowhere"`, "install it"}},
-		{command{argv: []string{"./none"}, dir: dir}, []string{`"./none"`, "no such file", "working folder"}},
-		{command{argv: []string{"./plain"}, dir: dir}, []string{plain, "may not be executed", "chmod +x"}},
-		{command{argv: []string{"plain"}, env: []string{"PATH=" + dir}}, []string{plain, "may not be executed", "chmod +x"}},
-		{command{argv: []string{dir}}, []string{dir, "it is a folder"}},
-		{command{argv: []string{crlf}}, []string{`/bin/sh\r`, "Windows editor"}},
-		{command{argv: []string{lost}}, []string{`"/no/such/interpreter"`, "first line"}},
-		{command{argv: []string{foreign}}, []string{runtime.GOARCH, "install the build"}},
-		{command{argv: []string{"sh"}, dir: filepath.Join(dir, "none")}, []string{"working folder", "working_dir"}},
-		{command{line: "true", dir: plain}, []string{"not a folder", "working_dir"}},
-		{command{line: "true " + strings.Repeat("x", 4<<20)}, []string{"too long", "task_id"}},
-		{command{argv: []string{"sh", "a\x00b"}}, []string{"NUL"}},
-		{command{line: "true", env: []string{"A=a\x00b"}}, []string{"NUL"}},
-		{command{argv: []string{busy}}, []string{busy, "busy", "open for writing"}},
-	} {
-		if strings.Contains(fmt.Sprint(row.want), "busy") && runtime.GOOS != "linux" {
-			continue
-		}
-		row.c.output = func(outputStream, []byte) {}
-		status, err := row.c.run(context.Background())
-		if err == nil || codeOf(err) != codeExec || status.code != -1 || status.stopped {
-			t.Errorf("run %q = %+v, %v [%s]; want %s", row.c.argv, status, err, codeOf(err), codeExec)
-			continue
-		}
-		for _, want := range row.want {
-			if text := err.Error() + "\n" + hintOf(err); !strings.Contains(text, want) {
-				t.Errorf("run %q: %s; want %q in it", row.c.argv, text, want)
+		for _, row := range []struct {
+			c    command
+			want []string // parts of the error and its hint
+		}{
+			{command{argv: []string{}}, []string{"empty"}},
+			{command{argv: []string{""}}, []string{"empty"}},
+			{command{argv: []string{"no-such-program"}, env: []string{"PATH=/usr/bin:/nowhere"}},
+				[]string{`"no-such-program"`, `PATH "/usr/bin:/nowhere"`, "install it"}},
+			{command{argv: []string{"./none"}, dir: dir}, []string{`"./none"`, "no such file", "working folder"}},
+			{command{argv: []string{"./plain"}, dir: dir}, []string{plain, "may not be executed", "chmod +x"}},
+			{command{argv: []string{"plain"}, env: []string{"PATH=" + dir}}, []string{plain, "may not be executed", "chmod +x"}},
+			{command{argv: []string{dir}}, []string{dir, "it is a folder"}},
+			{command{argv: []string{crlf}}, []string{`/bin/sh\r`, "Windows editor"}},
+			{command{argv: []string{lost}}, []string{`"/no/such/interpreter"`, "first line"}},
+			{command{argv: []string{foreign}}, []string{runtime.GOARCH, "install the build"}},
+			{command{argv: []string{"sh"}, dir: filepath.Join(dir, "none")}, []string{"working folder", "working_dir"}},
+			{command{line: "true", dir: plain}, []string{"not a folder", "working_dir"}},
+			{command{line: "true " + strings.Repeat("x", 4<<20)}, []string{"too long", "task_id"}},
+			{command{argv: []string{"sh", "a\x00b"}}, []string{"NUL"}},
+			{command{line: "true", env: []string{"A=a\x00b"}}, []string{"NUL"}},
+			{command{argv: []string{busy}}, []string{busy, "busy", "open for writing"}},
+		} {
+			if strings.Contains(fmt.Sprint(row.want), "busy") && runtime.GOOS != "linux" {
+				continue
+			}
+			row.c.output, row.c.spawn = func(outputStream, []byte) {}, spawn
+			status, err := row.c.run(context.Background())
+			if err == nil || codeOf(err) != codeExec || status.code != -1 || status.stopped {
+				t.Errorf("run %q = %+v, %v [%s]; want %s", row.c.argv, status, err, codeOf(err), codeExec)
+				continue
+			}
+			for _, want := range row.want {
+				if text := err.Error() + "\n" + hintOf(err); !strings.Contains(text, want) {
+					t.Errorf("run %q: %s; want %q in it", row.c.argv, text, want)
+				}
 			}
 		}
-	}
+	})
 }
 
 func TestRunScriptWithoutInterpreter(t *testing.T) {

@@ -34,10 +34,23 @@ func vfork(how *cloneArguments, size uintptr, steps *vforkStep, failed *uintptr)
 // A vforkFrame is all that the kernel reads and writes while a process is started. It is on the heap, where nothing moves.
 type vforkFrame struct {
 	how     cloneArguments
-	steps   [8]vforkStep
+	steps   [9]vforkStep
 	failed  uintptr
 	text    []byte  // path, folder, arguments and what the environment has besides its base
 	vectors []*byte // the arguments, nil, the environment, nil
+}
+
+// canVfork reports whether processes may be started by vforkProcess, now or once the limit on their open files is known.
+func (s *spawner) canVfork() bool { return !s.noVfork.Load() }
+
+// learnLimit has later processes begin with the limit on open files that the standard library has given this one: the
+// one that this process was started with, and has raised for itself.
+func (s *spawner) learnLimit(pid int) {
+	var limit fileLimit
+	_, _, errno := syscall.RawSyscall6(syscall.SYS_PRLIMIT64, uintptr(pid), syscall.RLIMIT_NOFILE, 0, uintptr(unsafe.Pointer(&limit)), 0, 0)
+	if errno == 0 { // else the next one may tell: this one has another user by now
+		s.openFiles.CompareAndSwap(nil, &limit)
+	}
 }
 
 const maxPooledText = 64 << 10 // a frame that has grown further is not kept
@@ -45,8 +58,17 @@ const maxPooledText = 64 << 10 // a frame that has grown further is not kept
 // vforkProcess starts a process in a group of its own that is killed when the thread that starts it ends; Go ends one
 // only with a goroutine that is locked to it, and none of ours is when it ends. errors.ErrUnsupported: not here.
 func (s *spawner) vforkProcess(path string, argv []string, dir string, env commandEnv, files [3]*os.File) (pid int, err error) {
-	if s == nil || s.noVfork.Load() {
+	if s == nil || !s.canVfork() {
 		return 0, errors.ErrUnsupported
+	}
+	limit := s.openFiles.Load()
+	if limit == nil {
+		return 0, errors.ErrUnsupported // this once
+	}
+	for _, file := range files {
+		if file.Fd() < uintptr(len(files)) {
+			return 0, errors.ErrUnsupported // it could not just be put into another's place
+		}
 	}
 	f, ok := s.frames.Get().(*vforkFrame)
 	if !ok {
@@ -64,6 +86,7 @@ func (s *spawner) vforkProcess(path string, argv []string, dir string, env comma
 		vforkStep{number: syscall.SYS_PRCTL, a: syscall.PR_SET_PDEATHSIG, b: uintptr(syscall.SIGKILL)},
 		// This process may have ended before the child could ask for that.
 		vforkStep{number: syscall.SYS_GETPPID, want: uintptr(s.pid)},
+		vforkStep{number: syscall.SYS_PRLIMIT64, b: syscall.RLIMIT_NOFILE, c: address(limit)},
 	)
 	if dir != "" {
 		steps = append(steps, vforkStep{number: syscall.SYS_CHDIR, a: address(dirAt)})
@@ -75,6 +98,7 @@ func (s *spawner) vforkProcess(path string, argv []string, dir string, env comma
 
 	result := vfork(&f.how, unsafe.Sizeof(f.how), &steps[0], &f.failed)
 	runtime.KeepAlive(files)
+	runtime.KeepAlive(limit)
 	failed := f.failed
 	if len(f.text) <= maxPooledText {
 		s.frames.Put(f)

@@ -14,3 +14,7 @@ type vforkFrame struct{}
 func (*spawner) vforkProcess(string, []string, string, commandEnv, [3]*os.File) (pid int, err error) {
 	return 0, errors.ErrUnsupported
 }
+
+func (*spawner) canVfork() bool { return false }
+
+func (*spawner) learnLimit(int) {}
