@@ -1,6 +1,6 @@
 package main
 
-// memory.go owns how much memory a worker holds on to besides what it needs: garbage that is not collected yet, and
+// memory.go owns how much memory a process holds on to besides what it needs: garbage that is not collected yet, and
 // maps that were larger once.
 
 import (
@@ -15,26 +15,50 @@ const (
 	// those that wait, and is the same for either.
 	garbageBytes = 6 << 20
 
+	// idleGarbageBytes is the garbage that a process may hold while it has little to do. Go would let it be some 4 MB.
+	idleGarbageBytes = 1 << 20
+
+	// idleBytes is what a worker that has little to do allocates at most from one look to the next.
+	idleBytes = 64 << 10
+
 	// minGCPercent is the least garbage, in percent of what is needed: collecting takes time by what is needed.
 	minGCPercent = 25
+
+	// parentGCPercent is also of the 4 MB that Go collects no garbage below. With less, it would collect at the start.
+	parentGCPercent = 50
 )
 
 // A garbageLimit keeps the garbage within its bounds as what is needed grows and shrinks.
 type garbageLimit struct {
 	percent int // in force; 0: the user has set limits of his own
-	needed  [1]runtimemetrics.Sample
+	heap    heapUse
 	most    uint64 // bytes that were needed since room was last given back
+	held    uint64 // bytes in the heap at the last look
 }
 
 func newGarbageLimit(lookupEnv func(string) (string, bool)) *garbageLimit {
-	g := &garbageLimit{percent: 100}
+	g := &garbageLimit{percent: 100, heap: newHeapUse()}
+	if hasMemoryLimits(lookupEnv) {
+		g.percent = 0
+	}
+	return g
+}
+
+// hasMemoryLimits reports whether the user has set limits of his own.
+func hasMemoryLimits(lookupEnv func(string) (string, bool)) bool {
 	for _, name := range []string{"GOGC", "GOMEMLIMIT"} {
 		if value, _ := lookupEnv(name); value != "" {
-			g.percent = 0
+			return true
 		}
 	}
-	g.needed[0].Name = "/gc/heap/live:bytes"
-	return g
+	return false
+}
+
+// limitParentGarbage is for a process that only looks after others: it has time to collect its garbage early.
+func limitParentGarbage(lookupEnv func(string) (string, bool)) {
+	if !hasMemoryLimits(lookupEnv) {
+		debug.SetGCPercent(parentGCPercent)
+	}
 }
 
 // adjust follows what is needed now. It is to be called every few seconds.
@@ -42,18 +66,42 @@ func (g *garbageLimit) adjust() {
 	if g.percent == 0 {
 		return
 	}
-	runtimemetrics.Read(g.needed[:])
-	needed := g.needed[0].Value.Uint64()
+	needed, held := g.heap.read()
 	// A small change is not worth the stop that it takes.
 	if percent := gcPercent(needed); percent < g.percent*4/5 || percent > g.percent*5/4 {
 		g.percent = percent
 		debug.SetGCPercent(percent)
 	}
 	// Go gives room back slowly, and not at all while nothing happens.
-	if g.most = max(g.most, needed); g.most > garbageBytes && needed < g.most/2 {
+	g.most = max(g.most, needed)
+	shrunk := g.most > garbageBytes && needed < g.most/2
+	idle := held < g.held+idleBytes
+	if g.held = held; shrunk || idle && held > needed+idleGarbageBytes {
 		g.most = needed
 		debug.FreeOSMemory()
 	}
+}
+
+// freeGarbage gives back what has been left behind since the last collection, if that is worth one: what Go keeps for
+// collecting takes half a megabyte, from the first time on.
+func freeGarbage() {
+	heap := newHeapUse()
+	if needed, held := heap.read(); held > needed+idleGarbageBytes {
+		debug.FreeOSMemory()
+	}
+}
+
+// A heapUse reads how full the heap is.
+type heapUse [2]runtimemetrics.Sample
+
+func newHeapUse() heapUse {
+	return heapUse{{Name: "/gc/heap/live:bytes"}, {Name: "/memory/classes/heap/objects:bytes"}}
+}
+
+// read gives the bytes that the last collection found in use, 0 before the first one, and those that are held by now.
+func (u *heapUse) read() (needed, held uint64) {
+	runtimemetrics.Read(u[:])
+	return u[0].Value.Uint64(), u[1].Value.Uint64()
 }
 
 // gcPercent is the garbage that is put up with, in percent of the bytes that are needed.

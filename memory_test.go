@@ -47,6 +47,24 @@ func TestGarbageLimit(t *testing.T) {
 	}
 }
 
+// Garbage that Go would leave lying is given back once there is little to do.
+func TestIdleGarbage(t *testing.T) {
+	defer debug.SetGCPercent(debug.SetGCPercent(100))
+	limit := newGarbageLimit(func(string) (string, bool) { return "", false })
+	runtime.GC()
+	leave := func() { runtime.KeepAlive(make([]byte, 2*idleGarbageBytes)) }
+	for name, collect := range map[string]func(){
+		"adjust": func() { limit.adjust(); limit.adjust() }, "freeGarbage": freeGarbage,
+	} {
+		leave()
+		collect()
+		heap := newHeapUse()
+		if needed, held := heap.read(); held > needed+idleGarbageBytes {
+			t.Errorf("%s: %d bytes are needed, %d still held", name, needed, held)
+		}
+	}
+}
+
 // A map that held very much gives its room back, and none of what it still holds.
 func TestMapShrinks(t *testing.T) {
 	inUse := func() uint64 {

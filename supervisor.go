@@ -52,6 +52,7 @@ func runParent(ctx context.Context, inv *invocation) int {
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 
 	reserveThreads(parentThreads)
+	limitParentGarbage(os.LookupEnv)
 	program, err := programFile()
 	if err != nil {
 		inv.printError(err)

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"log/slog"
 	"path/filepath"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -140,7 +139,7 @@ func (w *worker) open(ctx context.Context) error {
 	w.begin(link)
 	w.changing.Unlock()
 	close(w.opened)
-	debug.FreeOSMemory() // reading journal and records takes far more than what is kept of them
+	freeGarbage() // reading many tasks takes far more than what is kept of them
 	select {
 	case <-w.ready:
 		return nil
