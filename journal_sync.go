@@ -4,6 +4,7 @@ package main
 // once, and what happens when the disk refuses.
 
 import (
+	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -260,13 +261,12 @@ func (j *journal) fillReserve() error {
 		j.reserved = true
 		return nil
 	}
-	noise := make([]byte, j.sizes.reserve) // zeros would take no room where files are compressed
-	rand.NewChaCha8([32]byte{}).Read(noise)
 	f, err := os.OpenFile(j.reservePath(), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
-	_, err = f.Write(noise)
+	// Noise, since zeros would take no room where files are compressed.
+	_, err = io.CopyN(f, rand.NewChaCha8([32]byte{}), j.sizes.reserve)
 	if err == nil {
 		err = f.Sync()
 	}
