@@ -145,3 +145,48 @@ func TestHeldTaskIsSettled(t *testing.T) {
 		t.Errorf("%d tasks are known after the restart", len(w.known))
 	}
 }
+
+// TestEndedTaskTakesNoPlace lets acknowledgements hang: neither the tasks that follow wait for them, nor the events of
+// those; and a task that will run once more keeps its place.
+func TestEndedTaskTakesNoPlace(t *testing.T) {
+	jobs := "concurrency: 1\njobs: [{event: quick, cmd: 'true'}, {event: again, cmd: 'false', retry: {times: 1, pause: 10m}}]\n"
+	w, stop := openWorkerForTest(t, t.TempDir(), jobs)
+	hangs := make(chan struct{})
+	var acks atomic.Int32
+	run := func(event, id string, ended func() bool) {
+		t.Helper()
+		w.take(w.currentLink(), event, Delivery{
+			Subject: "local." + event, Data: []byte(`{"task_id":"` + id + `"}`), Held: true, Attempt: 1,
+			Ack:  func(context.Context) error { acks.Add(1); <-hangs; return nil },
+			Nack: func(error) {},
+		})
+		waitFor(t, 5*time.Second, func() string {
+			if !ended() {
+				return "the end of " + id + " is not told"
+			}
+			return ""
+		})
+	}
+	for n := 1; n <= 3; n++ {
+		run("quick", string(rune('a'+n)), func() bool { return acks.Load() == int32(n) })
+		if most := w.queue.mostUnsettled("quick"); most != 1+n {
+			t.Errorf("%d deliveries may be unsettled after %d tasks; want %d", most, n, 1+n)
+		}
+	}
+	run("again", "r", func() bool { return w.queue.free("again") == 1 })
+	if most := w.queue.mostUnsettled("again"); most != 1 {
+		t.Errorf("%d deliveries may be unsettled while one waits to run again; want 1", most)
+	}
+	stopped := make(chan struct{})
+	go func() { stop(); close(stopped) }()
+	select {
+	case <-stopped:
+		t.Error("the worker has left before its deliveries were acknowledged")
+	case <-time.After(100 * time.Millisecond):
+	}
+	close(hangs)
+	<-stopped
+	if most := w.queue.mostUnsettled("quick"); most != 1 {
+		t.Errorf("%d deliveries may be unsettled in the end; want 1", most)
+	}
+}

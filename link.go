@@ -232,7 +232,7 @@ func (w *worker) consume(l *brokerLink) {
 			c.Wake() // its limit may be another one
 		case !runner.removed:
 			c = l.broker.Consume(l.subject(event), Slots{
-				Limit: func() int { return w.queue.limit(event) },
+				Limit: func() int { return w.queue.mostUnsettled(event) },
 				Free:  func() int { return w.queue.free(event) },
 			}, func(d Delivery) { w.take(l, event, d) })
 			w.mu.Lock()

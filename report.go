@@ -29,8 +29,10 @@ type reporter struct {
 	hostID string
 	log    *slog.Logger
 
-	// settled is called when a task's _finish has been taken by the broker.
-	settled func(taskID string)
+	// settled is called when a task's _finish has been taken by the broker. It may take its time: what is sent next does
+	// not wait for it.
+	settled  func(taskID string)
+	settling sync.WaitGroup // calls of settled; close and handOver wait for them
 
 	mu     sync.Mutex // guards what follows
 	room   sync.Cond  // unsent bytes have become fewer
@@ -180,13 +182,17 @@ func (r *reporter) deliver(ctx context.Context, batch []outgoing) (arrived int) 
 	}
 }
 
-// arrived settles the tasks whose last message the broker has, and makes room for more output.
+// arrived has the tasks settled whose last message the broker has, all at once, and makes room for more output.
 func (r *reporter) arrived(sent []outgoing) {
 	bytes := 0
 	for _, m := range sent {
 		bytes += len(m.Data)
 		if m.settles != "" {
-			r.settled(m.settles)
+			r.settling.Add(1)
+			go func() { // ends when the delivery is acknowledged, or is known not to be
+				defer r.settling.Done()
+				r.settled(m.settles)
+			}()
 		}
 	}
 	r.mu.Lock()
@@ -206,7 +212,7 @@ func (r *reporter) backlog() (messages, bytes int) {
 // handOver lets another reporter send what is unsent here, and all that comes from now on.
 func (r *reporter) handOver(heir *reporter) {
 	r.quit()
-	<-r.done
+	r.wait()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, m := range r.unsent {
@@ -228,5 +234,11 @@ func (r *reporter) close(ctx context.Context) {
 	case <-ctx.Done():
 	}
 	r.quit()
+	r.wait()
+}
+
+// wait returns when nothing is sent any more, and what was sent is settled.
+func (r *reporter) wait() {
 	<-r.done
+	r.settling.Wait() // only the sender adds to it
 }

@@ -26,6 +26,7 @@ type scheduler struct {
 type lane struct {
 	limit   int
 	running int
+	ending  int // tasks that have given their slot back for good and are not settled
 	tasks   []waitingTask
 	head    int // tasks before it have left
 	queued  bool
@@ -62,7 +63,7 @@ func (s *scheduler) forgetLane(event string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if l := s.lanes[event]; l != nil {
-		if l.limit = 0; l.running == 0 && !l.queued {
+		if l.limit = 0; l.running == 0 && l.ending == 0 && !l.queued {
 			delete(s.lanes, event)
 		}
 	}
@@ -76,6 +77,34 @@ func (s *scheduler) limit(event string) int {
 		return l.limit
 	}
 	return 0
+}
+
+// maxEnding bounds, per job, the deliveries that are unsettled only because their tasks' ends are being told. They should
+// be few; where the broker takes acknowledgements or events no more, it ends there.
+const maxEnding = 8
+
+// mostUnsettled is how many deliveries of a job the worker may hold: as many as its limit, besides those of tasks that
+// have ended. What runs next need not wait for what is left to be told of them.
+func (s *scheduler) mostUnsettled(event string) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if l := s.lanes[event]; l != nil {
+		return l.limit + min(l.ending, maxEnding)
+	}
+	return 0
+}
+
+// ended notes that a task whose slot is given back is only to be settled; settled, that it is.
+func (s *scheduler) ended(event string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lane(event).ending++
+}
+
+func (s *scheduler) settled(event string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lane(event).ending--
 }
 
 // add lets a task wait for its slot.

@@ -41,6 +41,7 @@ type task struct {
 	accepted  bool        // the journal has it
 	unheard   bool        // too many control subjects are listened on; its own are once it runs
 	givenBack bool        // its broker has it delivered again
+	ending    bool        // its delivery is only to be settled, and takes nobody's place
 	link      *brokerLink // where its story is told; nil once it is over
 	delivery  *Delivery   // what to settle in the end; nil where the journal alone answers
 	status    taskStatus
@@ -171,6 +172,9 @@ func (w *worker) startTask(t *task) {
 	go func() { // ends with the task's attempt
 		a, putBack := w.attemptTask(t)
 		w.runningTasks.Add(-1)
+		if !putBack && a.status == statusFinish {
+			w.leavePlace(t)
+		}
 		// The goroutine that was started last runs first: that of the next task, which done starts.
 		go w.endAttempt(t, a, putBack) // ends when the task's end is on disk, or when it waits again
 		w.queue.done(t.event)

@@ -215,6 +215,22 @@ func TestScheduler(t *testing.T) {
 	}
 	s.done("gone")
 	expect("removed")
+
+	for range maxEnding + 1 {
+		s.ended("b")
+	}
+	if n := s.mostUnsettled("b"); n != 5+maxEnding {
+		t.Errorf("%d deliveries may be unsettled; want the limit and %d", n, maxEnding)
+	}
+	for range maxEnding {
+		s.settled("b")
+	}
+	if n := s.mostUnsettled("b"); n != 6 {
+		t.Errorf("%d deliveries may be unsettled; want 6", n)
+	}
+	if n := s.mostUnsettled("nobody's"); n != 0 {
+		t.Errorf("%d deliveries of a job that is not there may be unsettled", n)
+	}
 }
 
 // TestSchedulerKeepsNothing lets very many tasks pass and looks at what their lane holds.

@@ -425,6 +425,17 @@ func (w *worker) enqueueAt(t *task, due time.Time) {
 	}()
 }
 
+// leavePlace lets another task have the place among the unsettled deliveries of one that has ended for good.
+func (w *worker) leavePlace(t *task) {
+	w.mu.Lock()
+	t.ending = t.delivery != nil
+	ending := t.ending
+	w.mu.Unlock()
+	if ending {
+		w.queue.ended(t.event)
+	}
+}
+
 // wakeConsumers tells every consumer that a slot has become free.
 func (w *worker) wakeConsumers() {
 	var consumers []Consumer
@@ -468,6 +479,9 @@ func (w *worker) forget(id string) *task {
 	released := false
 	if t != nil {
 		t.moveTo(nil)
+		if t.ending {
+			w.queue.settled(t.event)
+		}
 		released = w.oneLess(t.event)
 		if t.taskRun != nil && t.adoption != nil {
 			t.adoption.Stop() // else the task would be kept for as long as the broker is patient
