@@ -8,7 +8,10 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -36,8 +39,8 @@ const (
 	// may still be clearing its folder, and would clear a new one of that name with it.
 	natsRetryPause = time.Second
 
-	// natsLateAge is how long a message must have waited for its first delivery to be late: server 2.9.10 at least may
-	// give a message that is being held to somebody else and call that the first time.
+	// natsLateAge is how long a message must have waited for its first delivery to be late: server 2.9.10 at least may,
+	// once it was restarted, give a message that is being held to somebody else and call that the first time.
 	natsLateAge = 100 * time.Millisecond
 
 	natsAPILimit = 5 * time.Second // for one request to JetStream's management
@@ -65,25 +68,43 @@ type natsStream struct {
 	overSince time.Time // since when more is requested than there is room for, zero if it is not
 
 	mu        sync.Mutex // guards what follows
-	pulls     map[*natsPull]struct{}
-	unsettled int       // deliveries that are neither settled nor refused
-	handling  int       // of these, those that handle has not returned for
-	missing   bool      // the server says that stream or consumer is gone
-	notBefore time.Time // nothing is pulled until then
+	inbox     *natsInbox // nil: nothing is requested
+	unsettled int        // deliveries that are neither settled nor refused
+	handling  int        // of these, those that handle has not returned for
+	missing   bool       // the server says that stream or consumer is gone
+	notBefore time.Time  // nothing is pulled until then
+	seen      natsSeen
+}
+
+// A natsInbox is where the answers to requests for tasks arrive: one subscription serves many requests, since each
+// costs the server as much as a task does.
+type natsInbox struct {
+	*natsSubscription
+	prefix string // of the subjects, each with a number of its own behind
+	link   *natsLink
+
+	pulls []natsPull // guarded by the stream's mu
+	last  int        // number given, by run alone
 }
 
 // A natsPull is a request for tasks that waits at the server.
 type natsPull struct {
-	subscription *natsSubscription // its answers
-	link         *natsLink
-	left         int // tasks that it still waits for
-	deadline     time.Time
+	number   int
+	left     int // tasks that it still waits for
+	deadline time.Time
+}
+
+// natsSeen is how far stream and consumer had come when they were looked at on this connection. A message that the
+// stream has got since is in the hands of nobody that this server could have forgotten.
+type natsSeen struct {
+	stream, consumer uint64 // last numbers
+	always           bool   // there are several servers: another one may forget while this connection lasts
 }
 
 func (b *natsBroker) consumeStream(subject string, slots Slots, handle func(Delivery)) *natsStream {
 	c := &natsStream{
 		broker: b, subject: subject, slots: slots, handle: handle,
-		usable: make(chan struct{}), wake: make(chan struct{}, 1), ended: make(chan struct{}), pulls: map[*natsPull]struct{}{},
+		usable: make(chan struct{}), wake: make(chan struct{}, 1), ended: make(chan struct{}),
 	}
 	c.ctx, c.quit = context.WithCancel(b.ctx)
 	b.mu.Lock()
@@ -122,6 +143,8 @@ func (c *natsStream) Stop() {
 func (c *natsStream) run() {
 	defer c.broker.tasks.Done()
 	defer close(c.ended)
+	timer := time.NewTimer(0)
+	defer timer.Stop()
 	for {
 		pause := natsPullExpiry
 		if l := c.broker.current(); l != nil {
@@ -129,15 +152,13 @@ func (c *natsStream) run() {
 				pause = c.pull(l)
 			}
 		}
-		timer := time.NewTimer(pause)
+		timer.Reset(pause)
 		select {
 		case <-c.wake:
 		case <-timer.C:
 		case <-c.ctx.Done():
-			timer.Stop()
 			return
 		}
-		timer.Stop()
 	}
 }
 
@@ -173,7 +194,7 @@ func (c *natsStream) ready(l *natsLink) time.Duration {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.missing = false
-	clear(c.pulls) // they have gone with their connection
+	c.inbox = nil // it has gone with its connection
 	return 0
 }
 
@@ -184,15 +205,15 @@ func (c *natsStream) pull(l *natsLink) (pause time.Duration) {
 	c.mu.Lock()
 	requested := 0
 	pause = natsPullExpiry
-	for p := range c.pulls {
-		if now.After(p.deadline) {
-			c.drop(p)
-			c.missing = true // a consumer that exists would have said that the time is over
-			c.Wake()
-			continue
+	if c.inbox != nil {
+		for _, p := range c.inbox.pulls {
+			if now.After(p.deadline) {
+				c.missing = true // a consumer that exists would have said that the time is over
+				c.Wake()
+			}
+			requested += p.left
+			pause = min(pause, max(p.deadline.Sub(now), 0))
 		}
-		requested += p.left
-		pause = min(pause, time.Until(p.deadline))
 	}
 	handling, room := c.handling, c.slots.Limit()-c.unsettled
 	wait := c.notBefore.Sub(now)
@@ -227,15 +248,22 @@ func (c *natsStream) pull(l *natsLink) (pause time.Duration) {
 
 // request asks for n tasks.
 func (c *natsStream) request(l *natsLink, n int) {
-	p := &natsPull{link: l, left: n, deadline: time.Now().Add(natsPullExpiry + natsPullGrace)}
-	inbox := nats.NewInbox() // of its own, since a task does not say which request it answers
-	p.subscription = &natsSubscription{subject: inbox, handle: func(m *nats.Msg) { c.arrived(p, m) }}
 	c.mu.Lock()
-	c.pulls[p] = struct{}{}
+	inbox := c.inbox
+	if inbox == nil {
+		inbox = &natsInbox{prefix: nats.NewInbox() + ".", link: l}
+		inbox.natsSubscription = &natsSubscription{
+			subject: inbox.prefix + "*", handle: func(m *nats.Msg) { c.arrived(inbox, m) },
+		}
+		c.inbox = inbox
+		l.subscribe(inbox.natsSubscription)
+	}
+	inbox.last++
+	number := inbox.last
+	inbox.pulls = append(inbox.pulls, natsPull{number, n, time.Now().Add(natsPullExpiry + natsPullGrace)})
 	c.mu.Unlock()
-	l.subscribe(p.subscription)
-	ask := fmt.Sprintf(`{"batch":%d,"expires":%d}`, n, natsPullExpiry)
-	if err := l.nc.PublishRequest(c.next, inbox, []byte(ask)); err != nil {
+	ask := fmt.Appendf(nil, `{"batch":%d,"expires":%d}`, n, natsPullExpiry)
+	if err := l.nc.PublishRequest(c.next, inbox.prefix+strconv.Itoa(number), ask); err != nil {
 		c.broker.log.Debug("no tasks requested", errAttrs(err), "subject", c.subject) // the connection is gone
 	}
 }
@@ -243,31 +271,40 @@ func (c *natsStream) request(l *natsLink, n int) {
 // takeBack ends all requests. What the server has answered already still arrives before it returns.
 func (c *natsStream) takeBack() {
 	c.mu.Lock()
-	var l *natsLink
-	var subscriptions []*natsSubscription
-	for p := range c.pulls {
-		l = p.link // the same for all
-		subscriptions = append(subscriptions, p.subscription)
-	}
+	inbox := c.inbox
 	c.mu.Unlock()
-	if l != nil {
-		l.drain(natsDrainLimit, subscriptions...)
+	if inbox == nil {
+		return
 	}
+	inbox.link.drain(natsDrainLimit, inbox.natsSubscription)
 	c.mu.Lock()
-	clear(c.pulls)
-	c.mu.Unlock()
+	defer c.mu.Unlock()
+	c.inbox = nil
 }
 
-// drop forgets a request that has got its answers, with mu held.
-func (c *natsStream) drop(p *natsPull) {
-	delete(c.pulls, p)
-	p.link.unsubscribe(p.subscription)
+// tookOne notes that a task has arrived, which does not say what request it answers: the server serves those that wait
+// in turn, a task each, and so they are counted here. c.mu is held.
+func (i *natsInbox) tookOne() {
+	if len(i.pulls) == 0 {
+		return // it was taken back meanwhile
+	}
+	first := i.pulls[0]
+	i.pulls = append(i.pulls[:0], i.pulls[1:]...)
+	if first.left--; first.left > 0 {
+		i.pulls = append(i.pulls, first)
+	}
+}
+
+// ended notes that the server has given a request up. c.mu is held.
+func (i *natsInbox) ended(number int) {
+	i.pulls = slices.DeleteFunc(i.pulls, func(p natsPull) bool { return p.number == number })
 }
 
 // arrived takes an answer to a request: a task, or why no more come.
-func (c *natsStream) arrived(p *natsPull, m *nats.Msg) {
+func (c *natsStream) arrived(inbox *natsInbox, m *nats.Msg) {
 	if m.Reply == "" { // a task has an address for its acknowledgement
-		c.answered(p, m.Header.Get("Status"), m.Header.Get("Description"))
+		number, _ := strconv.Atoi(strings.TrimPrefix(m.Subject, inbox.prefix))
+		c.answered(inbox, number, m.Header.Get("Status"), m.Header.Get("Description"))
 		return
 	}
 	d := &natsDelivery{consumer: c, reply: m.Reply}
@@ -282,20 +319,19 @@ func (c *natsStream) arrived(p *natsPull, m *nats.Msg) {
 	// A task that runs here comes back to us when the claim on it was lost in an outage: then the claim is new, no more.
 	taken := !stopped && c.broker.claims.add(d)
 	c.mu.Lock() // in one go, so that what was requested is now being handled and never neither
-	if p.left--; p.left <= 0 {
-		c.drop(p)
-	}
+	inbox.tookOne()
 	if taken {
 		c.unsettled++
 		c.handling++
 	}
+	late := c.seen.mayBeForgotten(about.Sequence) && time.Since(about.Timestamp) > natsLateAge && c.broker.answersAtOnce()
 	c.mu.Unlock()
 	if !taken {
 		verdict := "+WPI"
 		if stopped {
 			verdict = "-NAK" // for another worker
 		}
-		_ = p.link.nc.Publish(m.Reply, []byte(verdict)) // else the server does the same a little later
+		_ = inbox.link.nc.Publish(m.Reply, []byte(verdict)) // else the server does the same a little later
 		c.Wake()
 		return
 	}
@@ -306,7 +342,7 @@ func (c *natsStream) arrived(p *natsPull, m *nats.Msg) {
 		defer c.handles.Done()
 		c.handle(Delivery{
 			Subject: c.subject, Data: m.Data, Held: true, Attempt: int(min(about.NumDelivered, 1<<30)),
-			Again: about.NumDelivered > 1, Late: time.Since(about.Timestamp) > natsLateAge && c.broker.answersAtOnce(),
+			Again: about.NumDelivered > 1, Late: late,
 			Ack: d.ack, Nack: d.nack, Leave: d.leave, Settled: d.isSettled,
 		})
 		c.mu.Lock()
@@ -317,14 +353,22 @@ func (c *natsStream) arrived(p *natsPull, m *nats.Msg) {
 	}()
 }
 
+// mayBeForgotten reports whether a delivery may be of a message that somebody holds, although it is called the first. A
+// consumer whose numbers begin anew was made again, and has forgotten all.
+func (s *natsSeen) mayBeForgotten(is nats.SequencePair) bool {
+	if is.Consumer <= s.consumer {
+		s.stream = math.MaxUint64 // until it is looked at again
+	}
+	s.consumer = is.Consumer
+	return s.always || is.Stream <= s.stream
+}
+
 // answered ends a request.
-func (c *natsStream) answered(p *natsPull, status, description string) {
+func (c *natsStream) answered(inbox *natsInbox, number int, status, description string) {
 	defer c.Wake()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if _, waits := c.pulls[p]; waits {
-		c.drop(p)
-	}
+	inbox.ended(number)
 	switch status {
 	case "404", "408": // it has waited long enough
 		return
@@ -358,7 +402,7 @@ func (c *natsStream) prepare(l *natsLink) error {
 	if err != nil {
 		return l.streamError(c.subject, err)
 	}
-	durable, err := c.durable(ctx, js, name)
+	durable, err := c.durable(ctx, l, js, name)
 	if err != nil {
 		return l.streamError(c.subject, err)
 	}
@@ -384,7 +428,7 @@ func (c *natsStream) stream(ctx context.Context, js nats.JetStreamContext) (stri
 }
 
 // durable is the name of the stream's consumer that the workers of the project share.
-func (c *natsStream) durable(ctx context.Context, js nats.JetStreamContext, stream string) (string, error) {
+func (c *natsStream) durable(ctx context.Context, l *natsLink, js nats.JetStreamContext, stream string) (string, error) {
 	info, err := js.StreamInfo(stream, nats.Context(ctx))
 	if err != nil {
 		return "", fmt.Errorf("look at stream %q: %w", stream, err)
@@ -423,6 +467,11 @@ func (c *natsStream) durable(ctx context.Context, js nats.JetStreamContext, stre
 			"subject", c.subject, "stream", stream, "max_deliver", found.Config.MaxDeliver)
 	}
 	c.warned = true
+	c.mu.Lock()
+	c.seen = natsSeen{
+		stream: info.State.LastSeq, consumer: found.Delivered.Consumer, always: l.nc.ConnectedClusterName() != "",
+	}
+	c.mu.Unlock()
 	select {
 	case c.broker.renewEvery <- found.Config.AckWait / 3:
 	case <-ctx.Done():

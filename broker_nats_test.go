@@ -561,7 +561,7 @@ func TestNATSDurablePullsForFreeSlots(t *testing.T) {
 		c := onlyStream(b)
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		if len(c.pulls) > 0 {
+		if c.inbox != nil && len(c.inbox.pulls) > 0 {
 			return "requests still wait without a slot"
 		}
 		return ""
@@ -572,6 +572,73 @@ func TestNATSDurablePullsForFreeSlots(t *testing.T) {
 	o.wait(t, 1)
 	if n := len(k.all()); n != settled {
 		t.Error("a task was taken without a slot")
+	}
+}
+
+// TestNATSRequestsAreServedInTurn follows the server's order, one task for each request that waits.
+func TestNATSRequestsAreServedInTurn(t *testing.T) {
+	i := natsInbox{pulls: []natsPull{{number: 1, left: 3}, {number: 2, left: 1}, {number: 3, left: 2}}}
+	left := func(want string) {
+		t.Helper()
+		got := ""
+		for _, p := range i.pulls {
+			got += fmt.Sprintf("%d:%d ", p.number, p.left)
+		}
+		if got != want {
+			t.Errorf("requests wait as %q; want %q", got, want)
+		}
+	}
+	i.tookOne()
+	left("2:1 3:2 1:2 ")
+	i.tookOne()
+	left("3:2 1:2 ")
+	i.ended(2) // it has been
+	i.ended(3)
+	left("1:2 ")
+	i.tookOne()
+	i.tookOne()
+	left("")
+	i.tookOne() // of a request that was taken back
+	left("")
+}
+
+// TestNATSLate checks which first deliveries may be of tasks that the server has forgotten to be held: those of messages
+// that were there before this connection, and all of a consumer that was made again, or of a cluster.
+func TestNATSLate(t *testing.T) {
+	s := newNATSServer(t, "-js", "-sd", t.TempDir())
+	b, _ := openNATSForTest(t, s.durable())
+	b.Consume("P.job", freeSlots(0), func(Delivery) {}) // makes the stream
+	waitFor(t, 20*time.Second, requested(s, "P.job", 0))
+	s.publish(t, "P.job", "before")
+	next, _ := openNATSForTest(t, s.durable())
+	var k taker
+	var free atomic.Int32
+	consumer := next.Consume("P.job", Slots{Limit: atMost(2), Free: func() int { return int(free.Load()) }}, k.take)
+	<-consumer.Ready()
+	s.publish(t, "P.job", "since")
+	time.Sleep(2 * natsLateAge)
+	free.Store(2)
+	consumer.Wake()
+	for _, d := range k.wait(t, 2) {
+		if want := string(d.Data) == "before"; d.Late != want || d.Again {
+			t.Errorf("%s: late is %v, again %v; want %v, false", d.Data, d.Late, d.Again, want)
+		}
+		if err := d.Ack(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+
+	seen := natsSeen{stream: 10, consumer: 20}
+	for _, at := range []struct {
+		stream, consumer uint64
+		want             bool
+	}{{10, 21, true}, {11, 22, false}, {12, 25, false}, {13, 25, true}, {14, 26, true}} {
+		if got := seen.mayBeForgotten(nats.SequencePair{Stream: at.stream, Consumer: at.consumer}); got != at.want {
+			t.Errorf("message %d as the consumer's %d may be forgotten: %v; want %v", at.stream, at.consumer, got, at.want)
+		}
+	}
+	if cluster := (natsSeen{always: true}); !cluster.mayBeForgotten(nats.SequencePair{Stream: 1, Consumer: 1}) {
+		t.Error("in a cluster every message may be forgotten")
 	}
 }
 
