@@ -20,6 +20,10 @@ const (
 	// round trips for every short task would cost more than a task too many.
 	rabbitFullPause = 100 * time.Millisecond
 
+	// rabbitAckPause is how long a subscription that is used up may wait for acknowledgements to open it again, while
+	// nothing waits in the queue, before it is replaced.
+	rabbitAckPause = 20 * time.Millisecond
+
 	// rabbitIdlePause is how often a consumer looks for free slots when nobody wakes it.
 	rabbitIdlePause = time.Second
 )
@@ -40,6 +44,7 @@ type rabbitConsumer struct {
 	inHandle atomic.Int32   // their number: Slots.Free does not count them yet
 
 	warned    bool
+	noGet     bool // the broker gives no single messages of such a queue, or would delete it without a consumer
 	complaint rabbitComplaint
 
 	refusals atomic.Int32 // in a row, by handle
@@ -83,7 +88,7 @@ func (b *rabbitBroker) consume(queue rabbitQueue, slots Slots, handle func(Deliv
 	c := &rabbitConsumer{
 		broker: b, queue: queue, slots: slots, handle: handle, ready: make(chan struct{}), wake: make(chan struct{}, 1),
 		stopping: make(chan struct{}), quiet: make(chan struct{}), complaint: rabbitComplaint{log: b.log},
-		stale: map[rabbitMessage]struct{}{},
+		stale: map[rabbitMessage]struct{}{}, noGet: !queue.durable,
 	}
 	b.mu.Lock()
 	b.consumers[c] = struct{}{}
@@ -164,6 +169,7 @@ type rabbitSession struct {
 	window     int    // prefetch of the current subscription
 	deliveries <-chan amqp.Delivery
 	fullSince  time.Time // zero: there is room
+	emptySince time.Time // the subscription is used up and nothing waits in the queue; zero: that is not known
 
 	missing bool // the queue was deleted and is to be declared again
 	tries   int
@@ -246,8 +252,10 @@ func (s *rabbitSession) run() error {
 }
 
 // adjust makes what the broker may deliver fit what the worker has room for, and says when to look again. A subscription
-// lets in as many as there was room for when it began, is replaced when it is used up and there is room again, and ends
-// when the slots stay taken by other jobs. A burst may still bring a few too many; they wait in the worker.
+// lets in as many as there was room for when it began. It is used up when there is room again before acknowledgements
+// have opened it, which under load is for every task: then messages are taken one by one for as long as the queue has
+// some, since the window of a subscription cannot be changed. It ends when the slots stay taken by other jobs. A burst
+// may still bring a few too many; they wait in the worker.
 func (s *rabbitSession) adjust() (again time.Duration, err error) {
 	if s.missing {
 		return s.declareAgain()
@@ -257,6 +265,9 @@ func (s *rabbitSession) adjust() (again time.Duration, err error) {
 	s.mu.Unlock()
 	if s.tag == "" {
 		open = 0
+	}
+	if s.tag == "" || open > 0 {
+		s.emptySince = time.Time{}
 	}
 	if wait := time.Until(time.Unix(0, s.resumeAt.Load())); wait > 0 {
 		s.unsubscribe(s.hand)
@@ -268,8 +279,7 @@ func (s *rabbitSession) adjust() (again time.Duration, err error) {
 		s.fullSince = time.Time{}
 	case room > 0:
 		s.fullSince = time.Time{}
-		s.unsubscribe(s.hand)
-		return rabbitIdlePause, s.subscribe(min(room, math.MaxUint16))
+		return s.fetch(room)
 	case open > 0 && s.fullSince.IsZero():
 		s.fullSince = time.Now()
 		return rabbitFullPause, nil
@@ -280,6 +290,44 @@ func (s *rabbitSession) adjust() (again time.Duration, err error) {
 		s.unsubscribe(s.hand)
 	}
 	return rabbitIdlePause, nil
+}
+
+// fetch takes one message where the subscription does not let it in. Where none waits, there is to be a subscription.
+func (s *rabbitSession) fetch(room int) (again time.Duration, err error) {
+	if !s.noGet && s.emptySince.IsZero() {
+		found, err := s.get()
+		if found || err != nil {
+			return 0, err
+		}
+		s.emptySince = time.Now()
+	}
+	if s.tag != "" && !s.noGet {
+		if wait := rabbitAckPause - time.Since(s.emptySince); wait > 0 {
+			return wait, nil
+		}
+	}
+	s.unsubscribe(s.hand)
+	return rabbitIdlePause, s.subscribe(min(room, math.MaxUint16))
+}
+
+// get takes one message from the queue; false if there is none. A subscription ends then, which would let one in for
+// each that is acknowledged, besides those that are taken here.
+func (s *rabbitSession) get() (found bool, err error) {
+	var d amqp.Delivery
+	err = s.conn.call(func() error {
+		d, found, err = s.channel.Get(s.name, false)
+		return err
+	})
+	switch code := rabbitCode(err); {
+	case err != nil:
+		// Such as of a stream, or where there is to be a single consumer.
+		s.noGet = !s.conn.IsClosed() && code != 0 && code != amqp.NotFound
+		return false, s.consumeError(err)
+	case found:
+		s.hand(d)
+		s.unsubscribe(s.hand)
+	}
+	return found, nil
 }
 
 // declareAgain brings back a queue that was deleted, with growing pauses.
@@ -315,10 +363,14 @@ func (s *rabbitSession) subscribe(window int) error {
 		return err
 	})
 	if err != nil {
-		return fail(codeRabbitConsume, fmt.Sprintf("consume queue %q of rabbitmq at %s", s.name, s.conn.addr), err)
+		return s.consumeError(err)
 	}
 	s.tag, s.window = tag, window
 	return nil
+}
+
+func (s *rabbitSession) consumeError(err error) error {
+	return fail(codeRabbitConsume, fmt.Sprintf("consume queue %q of rabbitmq at %s", s.name, s.conn.addr), err)
 }
 
 // consumerTag is what the broker's own tools show of a consumer.
@@ -336,7 +388,7 @@ func (s *rabbitSession) unsubscribe(rest func(amqp.Delivery)) {
 	for d := range s.deliveries {
 		rest(d)
 	}
-	s.tag, s.deliveries, s.fullSince = "", nil, time.Time{}
+	s.tag, s.deliveries, s.fullSince, s.emptySince = "", nil, time.Time{}, time.Time{}
 }
 
 // requeue puts a delivery back that nobody has seen.

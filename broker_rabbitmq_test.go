@@ -280,6 +280,57 @@ func TestRabbitMQTakesNoMoreThanFits(t *testing.T) {
 	})
 }
 
+// TestRabbitMQFetchesBesidesASubscription has room again while what the subscription brought is only to be acknowledged:
+// the next task comes, and acknowledgements then let no other one in.
+func TestRabbitMQFetchesBesidesASubscription(t *testing.T) {
+	server := newRabbitVHost(t)
+	channel := server.raw(t)
+	for queue, arguments := range map[string]amqp.Table{
+		"p1.plain":  nil,
+		"p1.single": {"x-queue-type": "quorum", "x-single-active-consumer": true}, // of which the broker gives no single message
+	} {
+		if _, err := channel.QueueDeclare(queue, true, false, false, false, arguments); err != nil {
+			t.Fatal(err)
+		}
+		b := connectedRabbit(t, server.config(t))
+		var sink rabbitSink
+		var free atomic.Int32
+		free.Store(1)
+		c := b.Consume(queue, Slots{Limit: atMost(3), Free: func() int { return int(free.Load()) }}, func(d Delivery) {
+			free.Add(-1)
+			sink.take(d)
+		})
+		<-c.Ready()
+		for i := range 4 {
+			if _, err := b.Publish(t.Context(), Message{Subject: queue, Data: fmt.Append(nil, i), Task: true}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		first := sink.await(t, 1)
+		free.Store(1)
+		c.Wake()
+		second := sink.await(t, 1)
+		ackAll(t, first)
+		time.Sleep(2 * rabbitFullPause)
+		if n := queueLength(t, server, queue); n != 2 && queue == "p1.plain" {
+			t.Errorf("%d are ready while the slot is taken; want 2", n)
+		}
+		for range 2 {
+			free.Store(1)
+			c.Wake()
+			second = append(second, sink.await(t, 1)...)
+		}
+		c.Stop()
+		ackAll(t, second)
+		waitFor(t, 5*time.Second, func() string {
+			if n := queueLength(t, server, queue); n != 0 {
+				return fmt.Sprintf("%d are ready; want 0", n)
+			}
+			return ""
+		})
+	}
+}
+
 func TestRabbitMQPausesWhileOtherJobsHaveTheSlots(t *testing.T) {
 	server := newRabbitVHost(t)
 	b := connectedRabbit(t, server.config(t))
