@@ -17,6 +17,9 @@ const (
 	// maxUnsentBytes bounds the output that waits to be sent. Beyond it a command that prints is slowed down.
 	maxUnsentBytes = 4 << 20
 
+	// takenPause is how long word that a task is taken waits for what else there is to say: of a short task all goes at once.
+	takenPause = 3 * time.Millisecond
+
 	maxBatch       = 64 // messages sent before the broker is asked whether it has them
 	minReportPause = 100 * time.Millisecond
 	maxReportPause = 5 * time.Second
@@ -37,12 +40,15 @@ type reporter struct {
 	mu     sync.Mutex // guards what follows
 	room   sync.Cond  // unsent bytes have become fewer
 	unsent []outgoing
+	ripe   bool // something of it is to be sent now, and not only with more
+	timed  bool // soon will make it so
 	bytes  int
 	count  int // messages, those that are being sent among them
 	closed bool
 	heir   *reporter // sends what comes from now on; nil: this one does
 
-	wake chan struct{} // something is unsent
+	soon *time.Timer
+	wake chan struct{} // something is to be sent
 	done chan struct{} // closed when the sender has ended
 	quit context.CancelFunc
 }
@@ -60,6 +66,8 @@ func newReporter(broker Broker, back <-chan struct{}, hostID string, log *slog.L
 		wake: make(chan struct{}, 1), done: make(chan struct{}), quit: quit,
 	}
 	r.room.L = &r.mu
+	r.soon = time.AfterFunc(time.Hour, r.ripen)
+	r.soon.Stop()
 	go r.send(ctx) // ends on close
 	return r
 }
@@ -68,7 +76,7 @@ func newReporter(broker Broker, back <-chan struct{}, hostID string, log *slog.L
 func (r *reporter) handle(e event) {
 	switch e := e.(type) {
 	case taskTaken:
-		r.enqueue(e.TaskID+"_who", []byte(r.hostID), "")
+		r.enqueueSoon(e.TaskID+"_who", []byte(r.hostID))
 	case taskOutput:
 		r.mu.Lock()
 		for r.bytes > maxUnsentBytes && !r.closed && r.heir == nil {
@@ -91,7 +99,7 @@ func (r *reporter) handle(e event) {
 	}
 }
 
-// enqueue lets a message wait to be sent; settles is the task that it settles, if any.
+// enqueue lets a message be sent; settles is the task that it settles, if any.
 func (r *reporter) enqueue(subject string, data []byte, settles string) {
 	r.mu.Lock()
 	if heir := r.heir; heir != nil {
@@ -99,11 +107,45 @@ func (r *reporter) enqueue(subject string, data []byte, settles string) {
 		heir.enqueue(subject, data, settles)
 		return
 	}
-	r.unsent = append(r.unsent, outgoing{Message{Subject: subject, Data: data}, settles})
-	r.bytes += len(data)
-	r.count++
+	r.put(outgoing{Message{Subject: subject, Data: data}, settles})
+	r.ripe = true
 	r.mu.Unlock()
 	r.wakeUp()
+}
+
+// enqueueSoon lets a message be sent with the next one, or after takenPause.
+func (r *reporter) enqueueSoon(subject string, data []byte) {
+	r.mu.Lock()
+	if heir := r.heir; heir != nil {
+		r.mu.Unlock()
+		heir.enqueueSoon(subject, data)
+		return
+	}
+	r.put(outgoing{Message: Message{Subject: subject, Data: data}})
+	if !r.timed {
+		r.timed = true
+		r.soon.Reset(takenPause)
+	}
+	r.mu.Unlock()
+}
+
+// put needs mu.
+func (r *reporter) put(m outgoing) {
+	r.unsent = append(r.unsent, m)
+	r.bytes += len(m.Data)
+	r.count++
+}
+
+// ripen has what waits sent now.
+func (r *reporter) ripen() {
+	r.mu.Lock()
+	r.timed = false
+	r.ripe = r.ripe || len(r.unsent) > 0
+	ripe := r.ripe
+	r.mu.Unlock()
+	if ripe {
+		r.wakeUp()
+	}
 }
 
 func (r *reporter) wakeUp() {
@@ -119,7 +161,7 @@ func (r *reporter) send(ctx context.Context) {
 	for {
 		r.mu.Lock()
 		batch := r.unsent
-		r.unsent = nil
+		r.unsent, r.ripe = nil, false
 		ended := r.closed
 		r.mu.Unlock()
 		for len(batch) > 0 {
@@ -149,7 +191,7 @@ func (r *reporter) send(ctx context.Context) {
 func (r *reporter) idle() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return len(r.unsent) == 0
+	return !r.ripe && (!r.closed || len(r.unsent) == 0)
 }
 
 // deliver sends a batch, what has not arrived again and again with jittered pauses of up to 5 s. It returns how many
@@ -240,5 +282,6 @@ func (r *reporter) close(ctx context.Context) {
 // wait returns when nothing is sent any more, and what was sent is settled.
 func (r *reporter) wait() {
 	<-r.done
+	r.soon.Stop()
 	r.settling.Wait() // only the sender adds to it
 }
