@@ -298,7 +298,11 @@ func TestListens(t *testing.T) {
 		// A subscriber that does not answer is no worker that lives.
 		switch server := server.(type) {
 		case *natsServer:
-			if _, err := server.client(t).SubscribeSync(">"); err != nil {
+			along := server.client(t)
+			if _, err := along.SubscribeSync(">"); err != nil {
+				t.Fatal(err)
+			}
+			if err := along.Flush(); err != nil { // else the question may come first
 				t.Fatal(err)
 			}
 			await("a.3", false)
