@@ -71,6 +71,7 @@ type redisBroker struct {
 	room     sync.Cond           // queued has become less, or a session ended
 	offers   []redisOffer
 	streams  map[string]*redisStream // by subject
+	sorted   []*redisStream          // those with a consumer, by subject; nil: they have changed
 }
 
 var _ Broker = (*redisBroker)(nil)

@@ -276,7 +276,7 @@ func (c *redisConsumer) Stop() {
 		c.stopped = true
 		close(c.gone)
 		if stream := b.streams[c.subject]; stream != nil && stream.consumer == c {
-			stream.consumer = nil
+			stream.consumer, b.sorted = nil, nil
 		}
 	}
 	b.mu.Unlock()

@@ -186,6 +186,9 @@ func (b *redisBroker) forgetEntry(e *redisEntry) {
 	b.mu.Lock()
 	if e.stream.entries[e.id] == e {
 		delete(e.stream.entries, e.id)
+		if e.stream.consumer == nil {
+			b.sorted = nil // it need not be known any more
+		}
 	}
 	b.mu.Unlock()
 	rouse(b.woken)

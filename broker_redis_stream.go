@@ -20,6 +20,7 @@ const (
 	redisField = "data" // of an entry: the message
 
 	maxRedisEntries = 32 // read at once: each may be 16 MiB
+	maxRedisAsked   = 32 // streams, for what is new, in one round trip: where jobs are very many, few of them have any
 
 	redisBlock      = 5 * time.Second
 	redisShortBlock = time.Second // where the server does not let us interrupt it
@@ -39,6 +40,7 @@ type redisStream struct {
 	retry   time.Time // until then it is left alone: something was wrong with it
 	own     bool      // entries may be pending under our name that we do not know of
 	backlog bool      // it may hold entries to be read; only one without is waited on
+	busy    bool      // it held some when it was asked last
 }
 
 func (b *redisBroker) consumeStream(c *redisConsumer) {
@@ -50,6 +52,7 @@ func (b *redisBroker) consumeStream(c *redisConsumer) {
 		b.streams[c.subject] = stream
 	}
 	stream.consumer = c
+	b.sorted = nil
 	rouse(b.woken)
 }
 
@@ -117,7 +120,7 @@ func (r *redisReader) read() error {
 	}
 	switch {
 	case len(backlog) > 0:
-		return r.takeNew(open)
+		return r.takeNew(firstToAsk(open))
 	case len(empty) > 0:
 		return r.block(empty)
 	}
@@ -148,22 +151,51 @@ func (r *redisReader) open() []openStream {
 	return open
 }
 
-// streams lists those with a consumer, another one first each time.
-func (r *redisReader) streams() []*redisStream {
-	r.broker.mu.Lock()
-	var list []*redisStream
-	for _, stream := range r.broker.streams {
-		if stream.consumer != nil {
-			list = append(list, stream)
-		} else if len(stream.entries) == 0 {
-			delete(r.broker.streams, stream.subject)
+// firstToAsk picks as many streams as are asked at once, in the order in which they have their turn: some that had entries
+// the last time, then such as may have some, then any. What is asked in vain has no backlog then.
+func firstToAsk(open []openStream) []openStream {
+	if len(open) <= maxRedisAsked {
+		return open
+	}
+	picked := make(map[*redisStream]bool, maxRedisAsked)
+	pick := func(most int, fits func(*redisStream) bool) {
+		for _, o := range open {
+			if len(picked) < most && fits(o.stream) {
+				picked[o.stream] = true
+			}
 		}
 	}
-	r.broker.mu.Unlock()
-	if len(list) == 0 {
-		return nil
+	pick(maxRedisAsked/2, func(s *redisStream) bool { return s.busy })
+	pick(maxRedisAsked, func(s *redisStream) bool { return s.backlog })
+	pick(maxRedisAsked, func(*redisStream) bool { return true })
+	var first []openStream
+	for _, o := range open {
+		if picked[o.stream] {
+			first = append(first, o)
+		}
 	}
-	slices.SortFunc(list, func(a, b *redisStream) int { return strings.Compare(a.subject, b.subject) })
+	return first
+}
+
+// streams lists those with a consumer, another one first each time.
+func (r *redisReader) streams() []*redisStream {
+	b := r.broker
+	b.mu.Lock()
+	if b.sorted == nil {
+		for _, stream := range b.streams {
+			if stream.consumer != nil {
+				b.sorted = append(b.sorted, stream)
+			} else if len(stream.entries) == 0 {
+				delete(b.streams, stream.subject)
+			}
+		}
+		slices.SortFunc(b.sorted, func(a, b *redisStream) int { return strings.Compare(a.subject, b.subject) })
+	}
+	list := b.sorted
+	b.mu.Unlock()
+	if len(list) < 2 {
+		return list
+	}
 	r.turn++
 	first := r.turn % len(list)
 	return append(list[first:len(list):len(list)], list[:first]...)
@@ -235,9 +267,12 @@ func (r *redisReader) refused(stream *redisStream, err error) error {
 // takeOwn takes what is pending under our name and not known here: read before a crash, or in a reply that got lost.
 func (r *redisReader) takeOwn() error {
 	var streams []openStream
-	for _, o := range r.open() {
-		if o.stream.own {
-			streams = append(streams, o)
+	for _, stream := range r.streams() {
+		if !stream.own || !stream.grouped {
+			continue
+		}
+		if room := r.broker.roomFor(stream); room > 0 {
+			streams = append(streams, openStream{stream, room})
 		}
 	}
 	return r.takePending(streams, true, 0)
@@ -395,6 +430,7 @@ func (r *redisReader) takeNew(open []openStream) error {
 				}
 			}
 			o.stream.backlog = len(read) >= min(o.room, most)
+			o.stream.busy = len(read) > 0
 		}
 	}
 	return r.hand(entries)

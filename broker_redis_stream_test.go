@@ -509,3 +509,32 @@ func TestRedisAckWhileAway(t *testing.T) {
 		t.Errorf("%d deliveries; want 1", n)
 	}
 }
+
+// TestRedisFirstToAsk asks some streams that had entries the last time, and then those that may have some, each in its
+// turn, so that busy ones let the others have theirs.
+func TestRedisFirstToAsk(t *testing.T) {
+	var open []openStream
+	for i := range 4 * maxRedisAsked {
+		open = append(open, openStream{&redisStream{subject: fmt.Sprint(i), backlog: true, busy: i >= 3*maxRedisAsked}, 1})
+	}
+	asked := map[*redisStream]bool{}
+	for range 6 {
+		first := firstToAsk(open)
+		if len(first) != maxRedisAsked || first[0].stream.busy || !first[len(first)-1].stream.busy {
+			t.Fatalf("%d streams are asked, the first is busy: %v, the last: %v; want %d, false, true",
+				len(first), first[0].stream.busy, first[len(first)-1].stream.busy, maxRedisAsked)
+		}
+		for _, o := range first {
+			asked[o.stream] = true
+			o.stream.backlog = o.stream.busy // the others are asked in vain
+		}
+	}
+	for _, o := range open[:3*maxRedisAsked] {
+		if !asked[o.stream] {
+			t.Errorf("stream %q may have entries and is not asked", o.stream.subject)
+		}
+	}
+	if few := open[:maxRedisAsked]; len(firstToAsk(few)) != len(few) {
+		t.Error("of few streams not all are asked")
+	}
+}
