@@ -51,6 +51,7 @@ type natsBroker struct {
 	link          *natsLink  // nil while there is no connection
 	subscriptions map[*natsSubscription]struct{}
 	streams       map[*natsStream]struct{} // durable consumers that are not stopped
+	looks         bool                     // wakeStreams will be called soon
 	kept          map[string]bool          // subjects whose tasks go into a stream, also when nothing is taken any more
 
 	stateMu  sync.Mutex // guards what follows, and keeps the calls of changed in order
@@ -157,12 +158,35 @@ func (b *natsBroker) use(l *natsLink) error {
 	return fail(codeNATSLost, "keep connection to NATS server "+l.server, err)
 }
 
+// wakeStreams has all durable consumers look at their slots.
 func (b *natsBroker) wakeStreams() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	b.looks = false
 	for c := range b.streams {
-		c.Wake()
+		c.look()
 	}
+}
+
+// lookAround has the durable consumers look at their slots, of which c has taken one: at once where they are few.
+func (b *natsBroker) lookAround(c *natsStream) {
+	if !b.manyStreams() {
+		b.wakeStreams()
+		return
+	}
+	c.look()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !b.looks {
+		b.looks = true
+		time.AfterFunc(natsLessPause, b.wakeStreams)
+	}
+}
+
+func (b *natsBroker) manyStreams() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return len(b.streams) > natsFewStreams
 }
 
 // current is the connection, nil while there is none.

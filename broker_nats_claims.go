@@ -58,7 +58,7 @@ func (s *natsClaims) remove(d *natsDelivery) {
 	c.mu.Lock()
 	c.unsettled--
 	c.mu.Unlock()
-	c.Wake()
+	c.look()
 }
 
 // renew tells the server that all tasks held are still being worked on.

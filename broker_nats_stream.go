@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -30,6 +31,10 @@ const (
 	// tasks the to and fro.
 	natsFullPause = 25 * time.Millisecond
 	natsLessPause = 250 * time.Millisecond
+
+	// natsFewStreams may all look at the slots whenever a task has come. Of more, only the stream that it came through
+	// does, and the others natsFullPause later; and they leave their requests for natsLessPause in any case.
+	natsFewStreams = 16
 
 	// natsRefusedPause is how long a consumer pulls nothing after a delivery was refused: it comes back at once, and
 	// others shall have it.
@@ -56,6 +61,7 @@ type natsStream struct {
 
 	usable  chan struct{}   // closed once stream and consumer have been seen
 	wake    chan struct{}   // something has changed
+	freed   atomic.Bool     // a slot may have become free since it was looked at last
 	ctx     context.Context // ends on Stop and with the broker
 	quit    context.CancelFunc
 	ended   chan struct{}  // closed when run has ended
@@ -120,6 +126,12 @@ func (b *natsBroker) consumeStream(subject string, slots Slots, handle func(Deli
 func (c *natsStream) Ready() <-chan struct{} { return c.usable }
 
 func (c *natsStream) Wake() {
+	c.freed.Store(true)
+	c.look()
+}
+
+// look lets run look again.
+func (c *natsStream) look() {
 	select {
 	case c.wake <- struct{}{}:
 	default: // it will look anyway
@@ -201,7 +213,7 @@ func (c *natsStream) ready(l *natsLink) time.Duration {
 // pull requests tasks for the free slots that no request stands for yet, and says when it wants to be called again if
 // nothing happens before.
 func (c *natsStream) pull(l *natsLink) (pause time.Duration) {
-	now := time.Now()
+	now, freed := time.Now(), c.freed.Swap(false) && c.broker.manyStreams()
 	c.mu.Lock()
 	requested := 0
 	pause = natsPullExpiry
@@ -209,7 +221,7 @@ func (c *natsStream) pull(l *natsLink) (pause time.Duration) {
 		for _, p := range c.inbox.pulls {
 			if now.After(p.deadline) {
 				c.missing = true // a consumer that exists would have said that the time is over
-				c.Wake()
+				c.look()
 			}
 			requested += p.left
 			pause = min(pause, max(p.deadline.Sub(now), 0))
@@ -223,17 +235,17 @@ func (c *natsStream) pull(l *natsLink) (pause time.Duration) {
 
 	if requested > room {
 		patience := natsLessPause
-		if room == 0 {
+		if room == 0 && !c.broker.manyStreams() {
 			patience = natsFullPause
 		}
-		if c.overSince.IsZero() {
+		if freed || c.overSince.IsZero() {
 			c.overSince = now
 		}
 		if left := patience - now.Sub(c.overSince); left > 0 {
 			return left
 		}
 		c.takeBack()
-		c.Wake() // what arrived meanwhile counts
+		c.look() // what arrived meanwhile counts
 		return pause
 	}
 	c.overSince = time.Time{}
@@ -332,7 +344,7 @@ func (c *natsStream) arrived(inbox *natsInbox, m *nats.Msg) {
 			verdict = "-NAK" // for another worker
 		}
 		_ = inbox.link.nc.Publish(m.Reply, []byte(verdict)) // else the server does the same a little later
-		c.Wake()
+		c.look()
 		return
 	}
 	c.handles.Add(1)
@@ -349,7 +361,7 @@ func (c *natsStream) arrived(inbox *natsInbox, m *nats.Msg) {
 		d.handled = true
 		c.handling--
 		c.mu.Unlock()
-		c.broker.wakeStreams() // there may be less room for other jobs now
+		c.broker.lookAround(c) // there may be less room for other jobs now
 	}()
 }
 
@@ -365,7 +377,7 @@ func (s *natsSeen) mayBeForgotten(is nats.SequencePair) bool {
 
 // answered ends a request.
 func (c *natsStream) answered(inbox *natsInbox, number int, status, description string) {
-	defer c.Wake()
+	defer c.look()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	inbox.ended(number)

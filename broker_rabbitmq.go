@@ -44,6 +44,7 @@ type rabbitBroker struct {
 	closed        bool
 	publisher     *rabbitPublisher
 	consumers     map[*rabbitConsumer]struct{}
+	wakesAll      bool                  // all consumers will be woken soon
 	subscriptions []*rabbitSubscription // those that have not ended, in order
 
 	resubscribe chan struct{} // subscriptions have come or gone

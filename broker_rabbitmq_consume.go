@@ -24,6 +24,9 @@ const (
 	// nothing waits in the queue, before it is replaced.
 	rabbitAckPause = 20 * time.Millisecond
 
+	// rabbitFewConsumers may all look at the slots whenever one has a task more or less.
+	rabbitFewConsumers = 16
+
 	// rabbitIdlePause is how often a consumer looks for free slots when nobody wakes it.
 	rabbitIdlePause = time.Second
 )
@@ -37,6 +40,7 @@ type rabbitConsumer struct {
 
 	ready    chan struct{} // closed once the queue has been seen
 	wake     chan struct{}
+	freed    atomic.Bool   // a slot may have become free since it was looked at last
 	stopping chan struct{} // closed by Stop
 	stopOnce sync.Once
 	quiet    chan struct{}  // closed when handle is not called any more
@@ -101,7 +105,10 @@ func (b *rabbitBroker) consume(queue rabbitQueue, slots Slots, handle func(Deliv
 
 func (c *rabbitConsumer) Ready() <-chan struct{} { return c.ready }
 
-func (c *rabbitConsumer) Wake() { poke(c.wake) }
+func (c *rabbitConsumer) Wake() {
+	c.freed.Store(true)
+	poke(c.wake)
+}
 
 // Stop returns when the broker delivers no more, or is away.
 func (c *rabbitConsumer) Stop() {
@@ -260,6 +267,7 @@ func (s *rabbitSession) adjust() (again time.Duration, err error) {
 	if s.missing {
 		return s.declareAgain()
 	}
+	freed := s.freed.Swap(false)
 	s.mu.Lock()
 	unsettled, open := s.unsettled, s.window-s.inWindow[s.tag]
 	s.mu.Unlock()
@@ -280,7 +288,7 @@ func (s *rabbitSession) adjust() (again time.Duration, err error) {
 	case room > 0:
 		s.fullSince = time.Time{}
 		return s.fetch(room)
-	case open > 0 && s.fullSince.IsZero():
+	case open > 0 && (s.fullSince.IsZero() || freed && s.broker.manyConsumers()): // else very many come and go at each slot
 		s.fullSince = time.Now()
 		return rabbitFullPause, nil
 	case open > 0:
@@ -444,7 +452,7 @@ func (s *rabbitSession) hand(d amqp.Delivery) {
 			s.refusals.Store(0)
 		}
 		s.inHandle.Add(-1)
-		s.broker.wakeConsumers()
+		s.broker.wakeOthers(s.rabbitConsumer)
 	}()
 }
 
@@ -464,7 +472,7 @@ func (s *rabbitSession) settle(ctx context.Context, tag string, message rabbitMe
 	if over {
 		s.back(message)
 	}
-	s.broker.wakeConsumers()
+	s.broker.wakeOthers(s.rabbitConsumer)
 	if err != nil {
 		return fail(codeRabbitStale, fmt.Sprintf("settle a delivery of queue %q", s.queue.name), err)
 	}
@@ -525,11 +533,34 @@ func attemptOf(d amqp.Delivery) int {
 	return 1
 }
 
-// wakeConsumers lets every consumer look at its slots: what one job takes, the others have not.
-func (b *rabbitBroker) wakeConsumers() {
+// wakeOthers lets every consumer look at its slots: what one job takes, the others have not. Where they are many, only
+// c looks at once.
+func (b *rabbitBroker) wakeOthers(c *rabbitConsumer) {
+	poke(c.wake)
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for c := range b.consumers {
-		c.Wake()
+	if len(b.consumers) <= rabbitFewConsumers {
+		b.wakeAll()
+	} else if !b.wakesAll {
+		b.wakesAll = true
+		time.AfterFunc(rabbitFullPause, func() {
+			b.mu.Lock()
+			defer b.mu.Unlock()
+			b.wakesAll = false
+			b.wakeAll()
+		})
 	}
+}
+
+// wakeAll needs mu.
+func (b *rabbitBroker) wakeAll() {
+	for c := range b.consumers {
+		poke(c.wake)
+	}
+}
+
+func (b *rabbitBroker) manyConsumers() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return len(b.consumers) > rabbitFewConsumers
 }

@@ -178,7 +178,7 @@ func (w *worker) startTask(t *task) {
 		// The goroutine that was started last runs first: that of the next task, which done starts.
 		go w.endAttempt(t, a, putBack) // ends when the task's end is on disk, or when it waits again
 		w.queue.done(t.event)
-		w.wakeConsumers()
+		w.wakeSome(t.event)
 	}()
 }
 

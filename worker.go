@@ -65,6 +65,7 @@ type worker struct {
 	link       *brokerLink       // in use
 	pending    *brokerLink       // to be used once it is connected; nil: none
 	links      []*brokerLink     // these and those that were replaced and are still needed
+	wakesAll   bool              // wakeConsumers will be called soon
 	crashed    map[string]int    // of tasks left to their broker: starts that ended with an earlier life of this worker
 	problems   map[string]string // by what they are about: journal, resources, …
 
@@ -436,10 +437,46 @@ func (w *worker) leavePlace(t *task) {
 	}
 }
 
+const (
+	// wokenAtOnce is how many consumers are told at once, besides the job's own, that a slot has become free: each may
+	// ask its broker, and of very many only one will get the slot. The others are told wakePause later.
+	wokenAtOnce = 16
+	wakePause   = 50 * time.Millisecond
+)
+
+// wakeSome tells consumers that a task of a job has given its slot back: that job's, some others, and soon all.
+func (w *worker) wakeSome(event string) {
+	var consumers []Consumer
+	w.mu.Lock()
+	for _, l := range w.links {
+		if c := l.consumers[event]; c != nil {
+			consumers = append(consumers, c)
+		}
+		n := 0
+		for other, c := range l.consumers { // begins anywhere, so that all have their turn
+			if n++; n > wokenAtOnce {
+				if !w.wakesAll {
+					w.wakesAll = true
+					time.AfterFunc(wakePause, w.wakeConsumers)
+				}
+				break
+			}
+			if other != event {
+				consumers = append(consumers, c)
+			}
+		}
+	}
+	w.mu.Unlock()
+	for _, c := range consumers {
+		c.Wake()
+	}
+}
+
 // wakeConsumers tells every consumer that a slot has become free.
 func (w *worker) wakeConsumers() {
 	var consumers []Consumer
 	w.mu.Lock()
+	w.wakesAll = false
 	for _, l := range w.links {
 		for _, c := range l.consumers {
 			consumers = append(consumers, c)
