@@ -6,6 +6,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -188,5 +189,45 @@ func TestEndedTaskTakesNoPlace(t *testing.T) {
 	<-stopped
 	if most := w.queue.mostUnsettled("quick"); most != 1 {
 		t.Errorf("%d deliveries may be unsettled in the end; want 1", most)
+	}
+}
+
+// A wokenConsumer counts how often it is woken.
+type wokenConsumer struct {
+	Consumer
+	woken atomic.Int32
+}
+
+func (c *wokenConsumer) Wake() { c.woken.Add(1) }
+
+// TestFreedSlotWakes wakes all consumers where they are few. Of many it wakes the job's own and some others, and all soon.
+func TestFreedSlotWakes(t *testing.T) {
+	for _, jobs := range []int{wokenAtOnce, 10 * wokenAtOnce} {
+		l := &brokerLink{consumers: map[string]Consumer{}}
+		w := &worker{links: []*brokerLink{l}}
+		var all []*wokenConsumer
+		for i := range jobs {
+			c := &wokenConsumer{}
+			l.consumers[strconv.Itoa(i)] = c
+			all = append(all, c)
+		}
+		asleep := func() (n int) {
+			for _, c := range all {
+				if c.woken.Load() == 0 {
+					n++
+				}
+			}
+			return n
+		}
+		w.wakeSome("3")
+		if all[3].woken.Load() == 0 || asleep() > max(0, jobs-wokenAtOnce) {
+			t.Errorf("of %d consumers %d sleep on, the job's own was woken %d times", jobs, asleep(), all[3].woken.Load())
+		}
+		waitFor(t, 5*time.Second, func() string {
+			if n := asleep(); n > 0 {
+				return strconv.Itoa(n) + " consumers sleep on"
+			}
+			return ""
+		})
 	}
 }
