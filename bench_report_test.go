@@ -220,6 +220,10 @@ journal, on the others at the broker; then the pipe is filled. The clock stops w
 _finish, or, on the embedded queue, when /health counts it. Broker, manager and worker share the processors. Redis keeps
 no file where it is plain and syncs it every second where it is durable; RabbitMQ and NATS do as they do by default.
 
+job_item lends the same few data files out again and again, while the bare loop makes and deletes one for each command:
+where the file system is slow at that, it is much of the difference between them. On some machines the cost of starting
+a process changes within minutes; then a ratio says more than a rate, and several rounds more than one.
+
 CPU is user and system time of all processes of the program from /proc, and of the commands that they have waited for;
 where there are so many processes that the system's steps of 10 ms would blur it, there is none. A command has started
 when date, as the command, says so. The broker's way there and back is that of a task that something answers
