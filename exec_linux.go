@@ -28,7 +28,7 @@ func yieldProcessor() { syscall.RawSyscall(syscall.SYS_SCHED_YIELD, 0, 0, 0) }
 // hearOfNoChildren has the kernel keep it to itself when a child of this process ends or stops: nobody here listens, and
 // Go's own handler, which is there for every signal, would take a thread out of its sleep each time.
 func hearOfNoChildren() {
-	var standard struct{ handler, flags, restorer, mask uintptr } // the kernel's struct sigaction, all of it SIG_DFL
+	var standard [4]uintptr // the kernel's struct sigaction: handler SIG_DFL, and neither flags nor restorer nor mask
 	syscall.RawSyscall6(syscall.SYS_RT_SIGACTION, uintptr(syscall.SIGCHLD), uintptr(unsafe.Pointer(&standard)), 0, 8, 0, 0)
 }
 

@@ -17,9 +17,12 @@ import (
 	"unsafe"
 )
 
-// cloneArguments is the kernel's struct clone_args in its first version.
+// cloneArguments is the kernel's struct clone_args in its first version. Without a stack of its own the child has ours.
 type cloneArguments struct {
-	flags, pidfd, childTID, parentTID, exitSignal, stack, stackSize, tls uint64
+	flags      uint64
+	_          [3]uint64 // pidfd, child_tid, parent_tid
+	exitSignal uint64
+	_          [3]uint64 // stack, stack_size, tls
 }
 
 // A vforkStep is a system call of the child. It must not fail, and return want if that is not 0.
