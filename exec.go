@@ -60,8 +60,9 @@ type exitStatus struct {
 	// moment between fork and exec too, so it is never below what the worker itself held then.
 	maxRSS int64
 
-	stopped bool   // ctx ended it
-	left    string // what could not be ended, for the log; "" in every sane case
+	stopped  bool          // ctx ended it
+	stopTook time.Duration // from ctx's end to when nothing of its group was left
+	left     string        // what could not be ended, for the log; "" in every sane case
 }
 
 // run starts the command and returns when it has ended, its group is empty and its output handed over. When ctx ends,
@@ -115,6 +116,9 @@ func (c *command) run(ctx context.Context) (exitStatus, error) {
 		status = r.end
 	}
 	status.pid, status.stopped, status.left = r.leader.pid, stopped, left
+	if stopped {
+		status.stopTook = time.Since(killAt.Add(-c.killAfter))
+	}
 	return status, refused
 }
 

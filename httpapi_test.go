@@ -700,15 +700,16 @@ func TestAPIReadersAreBounded(t *testing.T) {
 }
 
 func TestAPIServeFails(t *testing.T) {
-	a := startAPI(t, "127.0.0.1:0", apiConfig{})
+	api := newAPIServer(apiConfig{}, &fakeService{status: healthOK}, &eventBus{}, slog.New(slog.DiscardHandler))
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	listener.Close()
-	if err := a.api.serve(listener); codeOf(err) != codeHTTPServe {
+	if err := api.serve(listener); codeOf(err) != codeHTTPServe {
 		t.Errorf("serve on a closed listener = %v; want %s", err, codeHTTPServe)
 	}
+	must(t, api.shutdown(t.Context()))
 }
 
 // A connection that was accepted gets its answer, even if it asks when the end has begun: whoever takes the port over never

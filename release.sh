@@ -176,7 +176,7 @@ check() {
 	[ -f dist/SHA256SUMS ] || stop "there is nothing to compare with: ./release.sh first"
 	(cd dist && sha256 -c SHA256SUMS >/dev/null) || stop "dist/ is not what its SHA256SUMS says"
 	mkdir "$temp/another folder"
-	cp ./*.go ./*.html go.mod go.sum build.sh release.sh LICENSE "$temp/another folder/"
+	cp ./*.go ./*.s ./*.html go.mod go.sum build.sh release.sh LICENSE "$temp/another folder/"
 	(cd "$temp/another folder" && GOCACHE=$temp/cache KEY='' ./release.sh)
 	diff dist/SHA256SUMS "$temp/another folder/dist/SHA256SUMS" || stop "dist/ is not what this source gives"
 	echo "dist/ can be reproduced: the same bytes from another folder, with an empty build cache"

@@ -31,7 +31,7 @@ func TestBuild(t *testing.T) {
 
 	elsewhere := t.TempDir()
 	var files []string
-	for _, pattern := range []string{"*.go", "*.html", "go.mod", "go.sum", "build.sh"} {
+	for _, pattern := range []string{"*.go", "*.s", "*.html", "go.mod", "go.sum", "build.sh"} {
 		found, err := filepath.Glob(pattern)
 		if err != nil || len(found) == 0 {
 			t.Fatalf("glob %s: %v, %v", pattern, found, err)

@@ -23,6 +23,9 @@ const (
 	// exitBadData is the exit code with which a command says that running it again would not help (EX_DATAERR).
 	exitBadData = 65
 
+	// leastStrayGrace is the time from SIGTERM to SIGKILL that is left to what has left a group that would not end.
+	leastStrayGrace = 100 * time.Millisecond
+
 	stderrTailBytes = 4 << 10 // of a failed run, in {task_id}_failed
 )
 
@@ -236,7 +239,8 @@ func (w *worker) attemptTask(t *task) (a attempt, putBack bool) {
 		a.status, a.err = statusTimeout, cause
 	default:
 		if a.started {
-			w.endStrays(t, with.cfg.KillAfter)
+			// They have what is left of the time, so that a stop takes no longer than its bounds.
+			w.endStrays(t, max(leastStrayGrace, with.cfg.KillAfter-a.exit.stopTook))
 		}
 		return a, true
 	}
