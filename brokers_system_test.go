@@ -201,7 +201,7 @@ func TestBrokerKilled(t *testing.T) {
 	onEveryBroker(t, func(t *testing.T, kind brokerKind, server testServer) {
 		const tasks = 300
 		a := workerOn(t, kind, server, "w1", `
-concurrency: 4
+concurrency: 8
 retain: {tasks: 5000}
 jobs: [{event: note, cmd: 'sleep 0.05; echo {{task_id}} >> ran'}]
 `)
