@@ -696,6 +696,45 @@ func TestFailedSyncTakesTaskBack(t *testing.T) {
 	}
 }
 
+// TestFailedSyncWhileStopping has that happen to a task that a stopping worker has put back already.
+func TestFailedSyncWhileStopping(t *testing.T) {
+	w, stop := openWorkerForTest(t, t.TempDir(), "jobs: [{event: long, cmd: 'sleep 60'}]\n")
+	w.journal.mu.Lock()
+	gate := gatedFile{w.journal.tail().file, make(chan bool), make(chan error), make(chan bool)}
+	w.journal.tail().file = gate
+	w.journal.mu.Unlock()
+	created := make(chan error, 1)
+	go func() { // ends when the task is accepted, or not
+		_, err := w.create(t.Context(), "", "long", nil)
+		created <- err
+	}()
+	<-gate.begun
+	waitRuns(t, w, 1)
+	stopped := make(chan struct{})
+	go func() { // ends when the worker has
+		stop()
+		close(stopped)
+	}()
+	waitFor(t, 10*time.Second, func() string { return unless(w.counts.putBack.Load() == 1, "the task is not put back") })
+	gate.end <- syscall.EIO
+	close(gate.open)
+	for what, ended := range map[string]func() error{
+		"create": func() error { return <-created },
+		"stop":   func() error { <-stopped; return nil },
+	} {
+		done := make(chan error, 1)
+		go func() { done <- ended() }() // ends with it
+		select {
+		case err := <-done:
+			if what == "create" && codeOf(err) != codeJournalWrite {
+				t.Errorf("create = %v; want %s", err, codeJournalWrite)
+			}
+		case <-time.After(10 * time.Second):
+			t.Errorf("%s does not end", what)
+		}
+	}
+}
+
 // times is a sample of how long something took.
 type times []time.Duration
 

@@ -338,7 +338,7 @@ func (w *worker) accept(l *brokerLink, event string, d Delivery, m taskMessage) 
 	w.control(t)
 	w.bus.publish(taskQueued{TaskID: t.id, Event: event, Name: w.nameOf(event), At: t.createdAt()})
 	w.queue.add(t)
-	// It may begin while the disk makes sure of it; until then nobody is told that it is accepted.
+	// It may begin while the disk makes sure of it; whoever created it is told afterwards.
 	if err := durable.wait(); err != nil && !w.takeBack(t, err) {
 		if d.Nack != nil {
 			d.Nack(err)
@@ -359,7 +359,7 @@ func (w *worker) takeBack(t *task, reason error) (ended bool) {
 		w.mu.Lock()
 		ended, gone := t.status.final(), w.known[t.id] != t
 		w.mu.Unlock()
-		if ended || gone {
+		if ended || gone || w.ctx.Err() != nil { // a worker that stops ends it by itself
 			return ended
 		}
 		w.stopTask(t, errUnaccepted)
