@@ -38,7 +38,8 @@ type taskQueued struct {
 	At     time.Time `json:"at"`
 }
 
-// A taskTaken event is published when this worker begins with a task, before anything else becomes of it.
+// A taskTaken event is published when this worker has begun with a task and the disk is sure of it, before anything else
+// that is heard of it outside.
 type taskTaken struct {
 	TaskID string    `json:"task_id"`
 	Event  string    `json:"event"`

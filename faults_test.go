@@ -645,6 +645,53 @@ func TestStopWhileJournalIsBroken(t *testing.T) {
 	stop()
 }
 
+// TestToldWhenSure has a task run while the disk makes sure of it: nothing of it is told before.
+func TestToldWhenSure(t *testing.T) {
+	dir := t.TempDir()
+	w, stop := openWorkerForTest(t, dir, "jobs: [{event: speaks, cmd: 'echo words; touch ran'}]\n")
+	defer stop()
+	var mu sync.Mutex
+	var told []string
+	w.bus.subscribe(func(e event) {
+		mu.Lock()
+		defer mu.Unlock()
+		switch e.(type) {
+		case taskTaken, taskOutput, taskNotified, taskFinished:
+			told = append(told, e.eventName())
+		}
+	})
+	w.journal.mu.Lock()
+	gate := gatedFile{w.journal.tail().file, make(chan bool), make(chan error), make(chan bool)}
+	w.journal.tail().file = gate
+	w.journal.mu.Unlock()
+	created := make(chan string, 1)
+	go func() { // ends when the task is accepted
+		id, err := w.create(t.Context(), "", "speaks", nil)
+		if err != nil {
+			t.Error(err)
+		}
+		created <- id
+	}()
+	<-gate.begun
+	waitFor(t, 10*time.Second, func() string {
+		_, err := os.Stat(filepath.Join(dir, "ran"))
+		return unless(err == nil, "the command does not run")
+	})
+	mu.Lock()
+	if len(told) > 0 {
+		t.Errorf("%v were told before the disk was sure", told)
+	}
+	mu.Unlock()
+	gate.end <- nil
+	close(gate.open)
+	<-created
+	waitFor(t, 10*time.Second, func() string {
+		mu.Lock()
+		defer mu.Unlock()
+		return unless(slices.Equal(told, []string{"task_taken", "task_output", "task_finished"}), fmt.Sprint("told: ", told))
+	})
+}
+
 // TestFailedSyncTakesTaskBack has a task begin while the disk makes sure of it, which fails: whoever created it hears so,
 // its command is ended, and nothing of it is left. One that has run to its end by then counts.
 func TestFailedSyncTakesTaskBack(t *testing.T) {

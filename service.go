@@ -85,6 +85,14 @@ func (w *worker) terminate(ctx context.Context, id string) error {
 
 // notify passes a job script's progress message on.
 func (w *worker) notify(_ context.Context, id, msg string) error {
+	w.mu.Lock()
+	t := w.known[id]
+	w.mu.Unlock()
+	if t != nil {
+		if err := w.assure(t); err != nil {
+			return err
+		}
+	}
 	w.bus.publish(taskNotified{TaskID: id, Msg: msg, At: time.Now()})
 	return nil
 }

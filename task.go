@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 	"unicode/utf8"
 )
@@ -55,6 +56,7 @@ type task struct {
 type taskRun struct {
 	startedAt time.Time
 	taken     bool                    // this worker has begun with it
+	announced sync.Once               // and has said so
 	ran       bool                    // this worker has started its command
 	stop      context.CancelCauseFunc // of the running attempt
 	stopped   error                   // errTerminated or errTimedOut, once asked for
@@ -212,14 +214,14 @@ func (w *worker) attemptTask(t *task) (a attempt, putBack bool) {
 	t.stop = stop
 	t.status = statusRunning
 	t.startedAt = time.Time{}
-	stopped, taken, unheard := t.stopped, t.taken, t.unheard
+	stopped, unheard, entering := t.stopped, t.unheard, w.entering[t.id] != nil
 	t.taken = true
 	w.mu.Unlock()
 	if unheard {
 		w.control(t)
 	}
-	if !taken {
-		w.bus.publish(taskTaken{TaskID: t.id, Event: t.event, At: time.Now()})
+	if !entering { // else accept does so
+		w.announce(t)
 	}
 	if stopped != nil {
 		stop(stopped)
@@ -310,7 +312,9 @@ func (w *worker) runCommand(ctx context.Context, t *task, with *setup) (a attemp
 			if stream == streamStderr {
 				tail.Write(data)
 			}
-			w.bus.publish(taskOutput{TaskID: t.id, Stream: stream, Data: data})
+			if w.assure(t) == nil {
+				w.bus.publish(taskOutput{TaskID: t.id, Stream: stream, Data: data})
+			}
 		},
 	}
 	a.exit, a.err = c.run(ctx)
@@ -485,6 +489,7 @@ func (w *worker) finish(t *task, outcome taskFinished) {
 	t.stop = nil
 	w.mu.Unlock()
 	w.ended[finalIndex(outcome.Status)].Add(1)
+	_ = w.assure(t) // where its end is sure and its acceptance was not, only its end is told
 	w.bus.publish(outcome)
 }
 

@@ -58,16 +58,17 @@ type worker struct {
 
 	mu         sync.Mutex // guards what follows
 	state      workerState
-	known      map[string]*task  // accepted and not yet reported
-	mostKnown  int               // for shrunk
-	perEvent   map[string]int    // how many of them a job has, and of those whose holder is looked for
-	controlled int               // of them, those whose control subjects are listened on
-	link       *brokerLink       // in use
-	pending    *brokerLink       // to be used once it is connected; nil: none
-	links      []*brokerLink     // these and those that were replaced and are still needed
-	wakesAll   bool              // wakeConsumers will be called soon
-	crashed    map[string]int    // of tasks left to their broker: starts that ended with an earlier life of this worker
-	problems   map[string]string // by what they are about: journal, resources, …
+	known      map[string]*task      // accepted and not yet reported
+	entering   map[string]*syncBatch // of them, those that the disk still makes sure of
+	mostKnown  int                   // for shrunk
+	perEvent   map[string]int        // how many of them a job has, and of those whose holder is looked for
+	controlled int                   // of them, those whose control subjects are listened on
+	link       *brokerLink           // in use
+	pending    *brokerLink           // to be used once it is connected; nil: none
+	links      []*brokerLink         // these and those that were replaced and are still needed
+	wakesAll   bool                  // wakeConsumers will be called soon
+	crashed    map[string]int        // of tasks left to their broker: starts that ended with an earlier life of this worker
+	problems   map[string]string     // by what they are about: journal, resources, …
 
 	counts       workerCounts
 	runningTasks atomic.Int64
@@ -104,7 +105,7 @@ func newWorker(cfg *Config, baseURL string, recs *records, bus *eventBus, orders
 	w := &worker{
 		baseURL: baseURL, log: log, bus: bus, records: recs, orders: orders, started: time.Now(), state: stateStarting,
 		draining: make(chan struct{}), opened: make(chan struct{}), ready: make(chan struct{}), hurry: make(chan struct{}),
-		connected: make(chan struct{}, 1), known: map[string]*task{}, perEvent: map[string]int{}, crashed: map[string]int{},
+		connected: make(chan struct{}, 1), known: map[string]*task{}, entering: map[string]*syncBatch{}, perEvent: map[string]int{}, crashed: map[string]int{},
 		problems: map[string]string{},
 	}
 	first, err := newSetup(cfg, baseURL)
@@ -327,6 +328,9 @@ func (w *worker) accept(l *brokerLink, event string, d Delivery, m taskMessage) 
 	}
 	w.mu.Lock()
 	t.accepted = true
+	if durable != nil {
+		w.entering[t.id] = durable
+	}
 	if d.Held && d.HeldFor > 0 {
 		t.begun()
 		t.adoption = time.AfterFunc(d.HeldFor, func() { w.adopt(t) })
@@ -339,7 +343,13 @@ func (w *worker) accept(l *brokerLink, event string, d Delivery, m taskMessage) 
 	w.bus.publish(taskQueued{TaskID: t.id, Event: event, Name: w.nameOf(event), At: t.createdAt()})
 	w.queue.add(t)
 	// It may begin while the disk makes sure of it; whoever created it is told afterwards.
-	if err := durable.wait(); err != nil && !w.takeBack(t, err) {
+	err = durable.wait()
+	w.mu.Lock()
+	delete(w.entering, t.id)
+	w.mu.Unlock()
+	if err == nil {
+		_ = w.assure(t) // tells that it has begun, where it has
+	} else if !w.takeBack(t, err) {
 		if d.Nack != nil {
 			d.Nack(err)
 		}
@@ -348,6 +358,27 @@ func (w *worker) accept(l *brokerLink, event string, d Delivery, m taskMessage) 
 	if !d.Held && d.Ack != nil {
 		w.ack(d) // the journal answers from here on
 	}
+}
+
+// announce tells once that this worker has begun with a task. Whoever hears that counts on it, so it is for when the disk
+// is sure of it.
+func (w *worker) announce(t *task) {
+	t.announced.Do(func() { w.bus.publish(taskTaken{TaskID: t.id, Event: t.event, At: time.Now()}) })
+}
+
+// assure returns when more of a task may be told: the disk is sure of it, and its beginning, if it has begun, was told. An
+// error is that the disk could not be: then nothing is told of it.
+func (w *worker) assure(t *task) error {
+	w.mu.Lock()
+	durable, taken := w.entering[t.id], t.taskRun != nil && t.taken
+	w.mu.Unlock()
+	if err := durable.wait(); err != nil {
+		return err
+	}
+	if taken {
+		w.announce(t)
+	}
+	return nil
 }
 
 // takeBack ends a task that the journal could not accept after all. It returns true if it has run to its end already:
