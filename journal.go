@@ -400,6 +400,7 @@ func (j *journal) close() error {
 func (j *journal) closeFiles() {
 	for _, s := range j.segments {
 		if s.file != nil {
+			s.trim()
 			s.file.Close()
 		}
 	}
@@ -428,20 +429,15 @@ func (j *journal) append(frame []byte, needed bool) (recordPlace, error) {
 		}
 	}
 
-	placeFrame(frame, tail.salt, tail.size)
-	_, err := tail.file.WriteAt(frame, tail.size)
+	place, err := tail.write(frame)
 	if err != nil && j.dropReserve() && needed {
 		j.failed("write", err) // what has eaten the space is still there
-		_, err = tail.file.WriteAt(frame, tail.size)
+		place, err = tail.write(frame)
 	}
 	if err != nil {
-		// What was written of the record is no record. Should it stay, the next one overwrites it, or opening cuts it off.
-		_ = tail.file.Truncate(tail.size)
 		j.failed("write", err)
 		return recordPlace{}, j.fault
 	}
-	place := recordPlace{tail, tail.size, uint32(len(frame) - frameHeaderBytes)}
-	tail.size += int64(len(frame))
 	j.counts.Entries++
 	j.soil(tail)
 	return place, nil
@@ -475,6 +471,7 @@ func (j *journal) rotate() error {
 	if err != nil {
 		return err
 	}
+	j.tail().trim()
 	j.soil(j.tail()) // the sync that follows closes it
 	j.segments = append(j.segments, s)
 	return nil

@@ -116,7 +116,7 @@ func (j *journal) replaySegment(s *segment, last bool, replay *journalReplay) er
 	if err != nil {
 		return err
 	}
-	s.file = f
+	s.file = dataSyncedFile{f}
 	defer func() {
 		if !last || err != nil {
 			f.Close()
@@ -142,7 +142,13 @@ func (j *journal) replaySegment(s *segment, last bool, replay *journalReplay) er
 	s.size = info.Size()
 	j.counts.DamagedBytes += scan.damaged
 	tail := s.size - scan.good
+	unused, err := onlyZeros(f, scan.good, s.size)
+	if err != nil {
+		return fmt.Errorf("read %q: %w", s.path, err)
+	}
 	switch {
+	case unused && s.size > segmentHeaderBytes:
+		s.size, s.filled = scan.good, s.size
 	case !last:
 		j.counts.DamagedBytes += tail
 	case s.size < segmentHeaderBytes:

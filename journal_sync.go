@@ -199,21 +199,13 @@ func (j *journal) replaceTail() error {
 		return err
 	}
 	moved := map[string]recordPlace{}
-	write := func(frame []byte) (place recordPlace, err error) {
-		placeFrame(frame, s.salt, s.size)
-		if _, err = s.file.WriteAt(frame, s.size); err == nil {
-			place = recordPlace{s, s.size, uint32(len(frame) - frameHeaderBytes)}
-			s.size += int64(len(frame))
-		}
-		return place, err
-	}
 	for _, id := range j.cancelled {
 		if err == nil {
-			_, err = write(idFrame(recordReleased, id))
+			_, err = s.write(idFrame(recordReleased, id))
 		}
 	}
 	if len(j.outcomes.ring) > 0 && err == nil {
-		_, err = write(j.outcomes.frame())
+		_, err = s.write(j.outcomes.frame())
 	}
 	for id, place := range j.tasks {
 		run := j.runs[id]
@@ -221,7 +213,7 @@ func (j *journal) replaceTail() error {
 			continue
 		}
 		if frame, damaged := frameToMove(place, run); damaged == nil {
-			moved[id], err = write(frame)
+			moved[id], err = s.write(frame)
 		}
 	}
 	if err == nil {

@@ -332,11 +332,63 @@ func TestJournalBitFlips(t *testing.T) {
 	}
 }
 
+// The zeros ahead of the records are no damage, are used up before there are more, and go when a segment is complete.
+func TestJournalFilledAhead(t *testing.T) {
+	dir := t.TempDir()
+	j, _ := mustOpenJournal(t, dir, defaultJournalSizes())
+	mustAccept(t, j, "one", "1")
+	first, oneTask := readFile(t, segmentPath(dir, 1)), j.stats().Bytes
+	mustAccept(t, j, "two", "2")
+	open := readFile(t, segmentPath(dir, 1))
+	if len(first) != fillAheadBytes || len(open) != fillAheadBytes {
+		t.Errorf("the file has %d bytes, then %d; want %d", len(first), len(open), fillAheadBytes)
+	}
+	size := j.stats().Bytes
+	must(t, j.close())
+	if closed := readFile(t, segmentPath(dir, 1)); int64(len(closed)) != size {
+		t.Errorf("closed, it has %d bytes; want %d", len(closed), size)
+	}
+
+	torn := bytes.Clone(open)
+	torn[size-1]++
+	for _, row := range []struct {
+		name  string
+		file  []byte
+		last  bool
+		bytes int64 // of whole records and headers
+		tasks map[string]string
+	}{
+		{"killed", open, true, size, map[string]string{"one": "1", "two": "2"}},
+		{"killed as it became complete", open, false, size + segmentHeaderBytes, map[string]string{"one": "1", "two": "2"}},
+		{"power cut", torn, true, oneTask, map[string]string{"one": "1"}},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			dir := freshFolder(t, row.file)
+			if !row.last {
+				must(t, os.WriteFile(segmentPath(dir, 2), segmentHeader(1), 0o600))
+			}
+			j, tasks := mustOpenJournal(t, dir, defaultJournalSizes())
+			assertTasks(t, j, tasks, row.tasks)
+			stats := j.stats()
+			if torn := row.bytes == oneTask; stats.Bytes != row.bytes || stats.TornBytes > 0 != torn || stats.DamagedBytes > 0 {
+				t.Errorf("stats() = %+v; want %d bytes", stats, row.bytes)
+			}
+			mustAccept(t, j, "three", "3")
+			must(t, j.close())
+			j, tasks = mustOpenJournal(t, dir, defaultJournalSizes())
+			row.tasks["three"] = "3"
+			assertTasks(t, j, tasks, row.tasks)
+			if stats := j.stats(); stats.TornBytes > 0 {
+				t.Errorf("opened again: %+v", stats)
+			}
+		})
+	}
+}
+
 // What stands in a task's data must never be taken for a record, not even a copy of the journal itself.
 func TestJournalGarbage(t *testing.T) {
 	file, _, data := aSmallJournal(t)
 	for name, garbage := range map[string][]byte{
-		"zeros":   make([]byte, 5000),
 		"ones":    bytes.Repeat([]byte{0xff}, 5000),
 		"markers": bytes.Repeat([]byte(frameMarker), 200_000),
 		"itself":  file,
