@@ -55,7 +55,7 @@ type Message struct {
 // Slots bound the deliveries that one consumer may have unsettled. Both may change; Consumer.Wake tells of it.
 type Slots struct {
 	Limit func() int // at most
-	Free  func() int // how many more the worker has room for just now, for brokers that can be asked for so many
+	Free  func() int // how many more the worker has room for just now; negative: so many wait for a slot already
 }
 
 // A Consumer is one subject being consumed.

@@ -24,6 +24,10 @@ const (
 	// nothing waits in the queue, before it is replaced.
 	rabbitAckPause = 20 * time.Millisecond
 
+	// rabbitManyFree slots are worth a subscription, which takes three round trips, rather than one round trip for each
+	// message: under load the messages then come together, and so do what is written and told of them.
+	rabbitManyFree = 4
+
 	// rabbitFewConsumers may all look at the slots whenever one has a task more or less.
 	rabbitFewConsumers = 16
 
@@ -260,9 +264,8 @@ func (s *rabbitSession) run() error {
 
 // adjust makes what the broker may deliver fit what the worker has room for, and says when to look again. A subscription
 // lets in as many as there was room for when it began. It is used up when there is room again before acknowledgements
-// have opened it, which under load is for every task: then messages are taken one by one for as long as the queue has
-// some, since the window of a subscription cannot be changed. It ends when the slots stay taken by other jobs. A burst
-// may still bring a few too many; they wait in the worker.
+// have opened it, which under load is for every task: then fetch goes on. It ends when the slots stay taken by other
+// jobs, or more tasks wait for one than there are. A burst may still bring a few too many; they wait in the worker.
 func (s *rabbitSession) adjust() (again time.Duration, err error) {
 	if s.missing {
 		return s.declareAgain()
@@ -281,17 +284,20 @@ func (s *rabbitSession) adjust() (again time.Duration, err error) {
 		s.unsubscribe(s.hand)
 		return wait, nil
 	}
-	room := min(s.slots.Limit()-unsettled, s.slots.Free()-int(s.inHandle.Load())+s.awaited())
+	free := s.slots.Free() - int(s.inHandle.Load()) + s.awaited()
+	room := min(s.slots.Limit()-unsettled, free)
 	switch {
 	case room > 0 && open > 0:
 		s.fullSince = time.Time{}
 	case room > 0:
 		s.fullSince = time.Time{}
 		return s.fetch(room)
-	case open > 0 && (s.fullSince.IsZero() || freed && s.broker.manyConsumers()): // else very many come and go at each slot
+	case s.tag == "" || open == 0 && free >= 0: // it has brought what there is room for
+		s.fullSince = time.Time{}
+	case s.fullSince.IsZero() || freed && s.broker.manyConsumers(): // else very many come and go at each slot
 		s.fullSince = time.Now()
 		return rabbitFullPause, nil
-	case open > 0:
+	default:
 		if wait := rabbitFullPause - time.Since(s.fullSince); wait > 0 {
 			return wait, nil
 		}
@@ -300,16 +306,19 @@ func (s *rabbitSession) adjust() (again time.Duration, err error) {
 	return rabbitIdlePause, nil
 }
 
-// fetch takes one message where the subscription does not let it in. Where none waits, there is to be a subscription.
+// fetch takes what the subscription does not let in, whose window cannot be changed: one message, for as long as the
+// queue has some, or with a new subscription as many as there is room for. Where none waits, there is to be a
+// subscription.
 func (s *rabbitSession) fetch(room int) (again time.Duration, err error) {
-	if !s.noGet && s.emptySince.IsZero() {
+	oneByOne := !s.noGet && room < rabbitManyFree
+	if oneByOne && s.emptySince.IsZero() {
 		found, err := s.get()
 		if found || err != nil {
 			return 0, err
 		}
 		s.emptySince = time.Now()
 	}
-	if s.tag != "" && !s.noGet {
+	if s.tag != "" && oneByOne {
 		if wait := rabbitAckPause - time.Since(s.emptySince); wait > 0 {
 			return wait, nil
 		}

@@ -360,6 +360,43 @@ func TestRabbitMQPausesWhileOtherJobsHaveTheSlots(t *testing.T) {
 	ackAll(t, sink.await(t, 1))
 }
 
+// TestRabbitMQEndsASubscriptionThatOverfillsTheSlots has more of a job in the worker than there are slots, as when two
+// jobs were subscribed for the same ones: what is acknowledged then lets no more in.
+func TestRabbitMQEndsASubscriptionThatOverfillsTheSlots(t *testing.T) {
+	server := newRabbitVHost(t)
+	b := connectedRabbit(t, server.config(t))
+	var sink rabbitSink
+	var free atomic.Int32
+	free.Store(2)
+	c := b.Consume("p1.over", Slots{Limit: atMost(2), Free: func() int { return int(free.Load()) }}, sink.take)
+	defer c.Stop()
+	awaitQueue(t, server, "p1.over")
+	for range 6 {
+		if err := server.publishTo("", "p1.over", "x", true); err != nil {
+			t.Fatal(err)
+		}
+	}
+	held := sink.await(t, 2)
+	free.Store(-2) // two of another job wait too
+	c.Wake()
+	waitFor(t, 5*time.Second, func() string {
+		q, err := server.raw(t).QueueDeclarePassive("p1.over", true, false, false, false, nil)
+		if err != nil || q.Consumers != 0 {
+			return fmt.Sprintf("%d consumers, %v", q.Consumers, err)
+		}
+		return ""
+	})
+	ackAll(t, held)
+	c.Wake()
+	time.Sleep(2 * rabbitFullPause)
+	if n := queueLength(t, server, "p1.over"); n != 4 || sink.count() != 0 {
+		t.Errorf("%d are ready, %d were taken; want 4 and 0", n, sink.count())
+	}
+	free.Store(2)
+	c.Wake()
+	ackAll(t, sink.await(t, 2))
+}
+
 func TestRabbitMQRefusedDeliveriesPause(t *testing.T) {
 	server := newRabbitVHost(t)
 	b := connectedRabbit(t, server.config(t))

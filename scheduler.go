@@ -145,7 +145,8 @@ func (s *scheduler) done(event string) {
 	s.fill()
 }
 
-// free is how many more tasks of a job could start now, besides those that wait already.
+// free is how many more tasks of a job could start now, besides those that wait already; negative where more wait than
+// there are slots for.
 func (s *scheduler) free(event string) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -157,7 +158,7 @@ func (s *scheduler) free(event string) int {
 		waiting += len(l.tasks) - l.head
 	}
 	l := s.lane(event)
-	return max(0, min(s.slots-s.running-waiting, l.limit-l.running-(len(l.tasks)-l.head)))
+	return min(s.slots-s.running-waiting, l.limit-l.running-(len(l.tasks)-l.head))
 }
 
 // Why the worker starts no task.
