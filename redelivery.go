@@ -65,6 +65,7 @@ func (w *worker) takeIfUnheld(l *brokerLink, event string, d Delivery, m taskMes
 		}
 	}()
 	held, err := w.findHolder(ctx, l, d, m.TaskID)
+	w.queue.lookEnded(event, err == nil && !held, time.Now())
 	switch {
 	case err != nil:
 		d.Nack(err)

@@ -375,3 +375,51 @@ func TestRedeliveryIsLookedInto(t *testing.T) {
 		t.Errorf("ran %q; want the free one", ran)
 	}
 }
+
+// TestLooksAhead has tasks looked into beside those that have slots, by what the looks found the slots to be doing.
+func TestLooksAhead(t *testing.T) {
+	var started []*task
+	s := newScheduler(4, func(x *task) { started = append(started, x) })
+	s.setLimit("a", 4)
+	now := time.Now()
+	round := func(taken bool) {
+		now = now.Add(lookLimit)
+		s.lookEnded("a", taken, now)
+		s.lookEnded("a", taken, now) // others of the same moment find what the first has found
+		for range 2 {
+			s.lookBegan("a")
+		}
+	}
+	expect := func(what string, ahead int) {
+		t.Helper()
+		if n := s.mostUnsettled("a"); n != 4+ahead {
+			t.Errorf("%s: %d deliveries may be held; want %d", what, n, 4+ahead)
+		}
+	}
+	for range 2 * maxLooksAhead {
+		s.lookBegan("a")
+	}
+	expect("before a look has ended", 0)
+	round(true)
+	expect("after the first", 0)
+	round(false)
+	expect("when a task was another worker's", 0)
+	for _, ahead := range []int{4, 8, 16, 32, 64, 128, 256, 256} {
+		round(true)
+		expect("while slots are idle", ahead)
+	}
+	for range 4 {
+		s.add(&task{event: "a"})
+	}
+	round(true)
+	expect("when the slots are taken", 256)
+	s.add(&task{event: "a"})
+	round(true)
+	expect("when a task waits", 128)
+	now = now.Add(returnLimit)
+	round(true)
+	expect("when the next crash is looked into", 0)
+	if len(started) != 4 {
+		t.Errorf("%d started; want 4", len(started))
+	}
+}

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"time"
 )
 
 // A scheduler holds the slots and, per job, a lane of waiting tasks.
@@ -27,10 +28,11 @@ type lane struct {
 	limit   int
 	running int
 	ending  int // tasks that have given their slot back for good and are not settled
-	tasks   []waitingTask
-	head    int // tasks before it have left
-	queued  bool
-	held    bool // none of them may start for the moment
+	looks
+	tasks  []waitingTask
+	head   int // tasks before it have left
+	queued bool
+	held   bool // none of them may start for the moment
 }
 
 type waitingTask struct {
@@ -63,7 +65,7 @@ func (s *scheduler) forgetLane(event string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if l := s.lanes[event]; l != nil {
-		if l.limit = 0; l.running == 0 && l.ending == 0 && !l.queued {
+		if l.limit = 0; l.running == 0 && l.ending == 0 && l.looking == 0 && !l.queued {
 			delete(s.lanes, event)
 		}
 	}
@@ -84,12 +86,12 @@ func (s *scheduler) limit(event string) int {
 const maxEnding = 8
 
 // mostUnsettled is how many deliveries of a job the worker may hold: as many as its limit, besides those of tasks that
-// have ended. What runs next need not wait for what is left to be told of them.
+// have ended, since what runs next need not wait for what is left to be told of them, and of tasks that are looked into.
 func (s *scheduler) mostUnsettled(event string) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if l := s.lanes[event]; l != nil {
-		return l.limit + min(l.ending, maxEnding)
+		return l.limit + min(l.ending, maxEnding) + min(l.looking, l.ahead)
 	}
 	return 0
 }
@@ -105,6 +107,44 @@ func (s *scheduler) settled(event string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.lane(event).ending--
+}
+
+// looks are the tasks of a job for whose holder is looked (redelivery.go). That takes a while, and a crashed RabbitMQ has
+// every message that waited looked into, so some are looked into ahead of the slots: more where slots were found to be
+// idle meanwhile, fewer where tasks were found waiting.
+type looks struct {
+	looking int
+	ahead   int       // at most so many
+	since   time.Time // when ahead was set
+}
+
+// maxLooksAhead bounds what of a job is held for no slot.
+const maxLooksAhead = 256
+
+// lookBegan notes that a task of a job is looked into; lookEnded, that it no longer is, and whether it is the worker's now.
+func (s *scheduler) lookBegan(event string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lane(event).looking++
+}
+
+func (s *scheduler) lookEnded(event string, taken bool, now time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l := s.lane(event)
+	l.looking--
+	age, free := now.Sub(l.since), s.freeFor(l)
+	switch {
+	case !taken || age < lookLimit:
+		return
+	case age > returnLimit: // that was another crash
+		l.ahead = 0
+	case free > 0:
+		l.ahead = min(2*max(l.ahead, (l.limit+1)/2), maxLooksAhead)
+	case free < 0:
+		l.ahead /= 2
+	}
+	l.since = now
 }
 
 // add lets a task wait for its slot.
@@ -150,14 +190,18 @@ func (s *scheduler) done(event string) {
 func (s *scheduler) free(event string) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.paused) > 0 || s.lane(event).held {
+	return s.freeFor(s.lane(event))
+}
+
+// freeFor needs mu.
+func (s *scheduler) freeFor(l *lane) int {
+	if len(s.paused) > 0 || l.held {
 		return 0
 	}
 	waiting := 0
 	for _, l := range s.waiting {
 		waiting += len(l.tasks) - l.head
 	}
-	l := s.lane(event)
 	return min(s.slots-s.running-waiting, l.limit-l.running-(len(l.tasks)-l.head))
 }
 

@@ -260,6 +260,7 @@ func (w *worker) take(l *brokerLink, event string, d Delivery) {
 	l.tasks++ // link and job stay meanwhile
 	w.perEvent[event]++
 	w.mu.Unlock()
+	w.queue.lookBegan(event)
 	w.looking.Add(1)
 	go w.takeIfUnheld(l, event, d, m) // ends when the task is accepted, left or put back, at the latest when drain begins
 }
