@@ -364,7 +364,7 @@ func TestBrokerBeforeIsLost(t *testing.T) {
 		got := c.atSecond.finish(t, "g-1")
 		t.Logf("%s: told over the new connection: %q", name, got)
 		// What runs on listens on the new connection now.
-		waitFor(t, 60*time.Second, func() string {
+		waitFor(t, 15*time.Second, func() string {
 			c.second.publish(t, "g-2_listen", "?")
 			if countOf(c.atSecond.of("g-2"), "_listen.callback") == 0 {
 				return name + ": no sign of life"
