@@ -443,11 +443,12 @@ func TestNATSDurableRedelivers(t *testing.T) {
 	assertStreamEmpty(t, s, "P.job")
 }
 
-// assertStreamEmpty waits until a subject's stream holds nothing, neither waiting nor delivered.
+// assertStreamEmpty waits until a subject's stream holds nothing, neither waiting nor delivered; what was lost with a
+// connection comes back after claimLost.
 func assertStreamEmpty(t testing.TB, s *natsServer, subject string) {
 	t.Helper()
 	js, _ := s.client(t).JetStream()
-	waitFor(t, 10*time.Second, func() string {
+	waitFor(t, claimLost+20*time.Second, func() string {
 		name, err := js.StreamNameBySubject(subject)
 		if err != nil {
 			return err.Error()

@@ -45,14 +45,9 @@ func (w *worker) control(t *task) {
 		if !wanted {
 			return
 		}
-		// The broker is never called with mu held: it has locks of its own, and calls us back.
-		stopWorker := l.broker.Subscribe(t.id+"_worker", func(data []byte) { w.obey(t, data) })
-		stopListen := l.broker.Subscribe(t.id+listenSuffix, func([]byte) {
-			l.reporter.enqueue(t.id+listenSuffix+".callback", []byte("world"), "")
-		})
+		unlisten := w.listen(t, l)
 		stop := func() {
-			stopWorker()
-			stopListen()
+			unlisten()
 			w.mu.Lock()
 			defer w.mu.Unlock()
 			w.controlled--
@@ -69,6 +64,19 @@ func (w *worker) control(t *task) {
 	})
 }
 
+// listen listens on a task's control subjects on a link.
+func (w *worker) listen(t *task, l *brokerLink) (unlisten func()) {
+	// The broker is never called with mu held: it has locks of its own, and calls us back.
+	stopWorker := l.broker.Subscribe(t.id+"_worker", func(data []byte) { w.obey(t, data) })
+	stopListen := l.broker.Subscribe(t.id+listenSuffix, func([]byte) {
+		l.reporter.enqueue(t.id+listenSuffix+".callback", []byte("world"), "")
+	})
+	return func() {
+		stopWorker()
+		stopListen()
+	}
+}
+
 // takeControl gives the end of the listening on a task's control subjects to whoever calls it; nil: there is none.
 func (w *worker) takeControl(t *task) (uncontrol func()) {
 	w.mu.Lock()
@@ -79,9 +87,17 @@ func (w *worker) takeControl(t *task) (uncontrol func()) {
 // linger listens on for a finished task whose delivery could not be settled: the broker will deliver it again, and whoever
 // gets it is to leave it to this worker, which knows that it has ended.
 func (w *worker) linger(t *task) {
-	if uncontrol := w.takeControl(t); uncontrol != nil {
-		time.AfterFunc(lingerLimit, uncontrol)
+	unlisten := w.takeControl(t)
+	if unlisten == nil { // it was too short to be listened for, or has only just come to this link
+		w.mu.Lock()
+		l := t.link
+		w.mu.Unlock()
+		if l == nil || l.isLocal() {
+			return
+		}
+		unlisten = w.listen(t, l)
 	}
+	time.AfterFunc(lingerLimit, unlisten)
 }
 
 // obey does what a message on {task_id}_worker says.

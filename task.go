@@ -46,6 +46,7 @@ type task struct {
 	unheard   bool        // too many control subjects are listened on; its own are once it runs
 	givenBack bool        // its broker has it delivered again
 	ending    bool        // its delivery is only to be settled, and takes nobody's place
+	unsettled bool        // the journal answers, but its broker could not be told, and will deliver it again
 	link      *brokerLink // where its story is told; nil once it is over
 	delivery  *Delivery   // what to settle in the end; nil where the journal alone answers
 	status    taskStatus

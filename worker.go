@@ -297,7 +297,7 @@ func (w *worker) accept(l *brokerLink, event string, d Delivery, m taskMessage) 
 		}
 		w.mu.Unlock()
 		w.log.Info("duplicate of a task that is being done", "task_id", t.id)
-		w.ack(d)
+		w.noteSettled(same, w.ack(d))
 		return
 	}
 	if status, ended := w.journal.outcome(t.id); ended {
@@ -424,9 +424,16 @@ func (w *worker) adopt(t *task) {
 	t.delivery = nil
 	w.mu.Unlock()
 	if d != nil {
-		w.ack(*d)
+		w.noteSettled(t, w.ack(*d))
 		w.log.Info("the journal answers for a long task now", "task_id", t.id)
 	}
+}
+
+// noteSettled notes whether the broker knows (nil) that the journal answers for a task in its stead.
+func (w *worker) noteSettled(t *task, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	t.unsettled = err != nil
 }
 
 func (w *worker) nameOf(event string) string {
@@ -572,11 +579,15 @@ func (w *worker) settle(id string) {
 	w.mu.Lock()
 	t := w.known[id]
 	var d *Delivery
+	unsettled := false
 	if t != nil {
-		d = t.delivery
+		d, unsettled = t.delivery, t.unsettled
 	}
 	w.mu.Unlock()
-	if d != nil && w.ack(*d) != nil {
+	if d != nil {
+		unsettled = w.ack(*d) != nil
+	}
+	if unsettled {
 		w.linger(t)
 	}
 	// Last, since it ends the listening: whoever is given the task again finds either that or the task settled.
