@@ -24,12 +24,12 @@ type Broker interface {
 	Publish(ctx context.Context, messages ...Message) (sent int, err error)
 
 	// Subscribe listens on a subject that is this worker's alone, such as {task_id}_worker. handle gets every message
-	// from now on, one at a time, in order, and must not block. The call does not wait for the broker: it takes effect
-	// soon, or after the next reconnect. The returned function ends it and waits for nothing either.
-	Subscribe(subject string, handle func(data []byte)) (unsubscribe func())
+	// from when the subscription is ready, one at a time, in order, and must not block. The call does not wait for the
+	// broker: it takes effect soon, or after the next reconnect.
+	Subscribe(subject string, handle func(data []byte)) Subscription
 
 	// SubscribeAll is Subscribe for a subject whose messages are for every worker of the project.
-	SubscribeAll(subject string, handle func(data []byte)) (unsubscribe func())
+	SubscribeAll(subject string, handle func(data []byte)) Subscription
 
 	// Listens reports whether another worker, on any connection, has called Subscribe for {task_id}_listen, as one does
 	// that has the task. That may take a second or two.
@@ -43,6 +43,15 @@ type Broker interface {
 	// Close lets go of the connection. Consumers must have been stopped and their deliveries settled before; a durable
 	// broker delivers the others again.
 	Close() error
+}
+
+// A Subscription is a subject that is listened on.
+type Subscription struct {
+	// Ready is closed once the broker has taken the subscription for the first time, or has refused it for now; nil: it
+	// takes it before anything that is published from now on.
+	Ready <-chan struct{}
+	// Stop ends it, and waits for nothing.
+	Stop func()
 }
 
 // A Message is something to be published.

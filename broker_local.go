@@ -70,7 +70,7 @@ func (b *localBroker) publish(subject string, data []byte) error {
 	return refused
 }
 
-func (b *localBroker) Subscribe(subject string, handle func(data []byte)) func() {
+func (b *localBroker) Subscribe(subject string, handle func(data []byte)) Subscription {
 	added := &localSubscription{handle: handle}
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -78,17 +78,17 @@ func (b *localBroker) Subscribe(subject string, handle func(data []byte)) func()
 		b.subscriptions[subject] = map[*localSubscription]struct{}{}
 	}
 	b.subscriptions[subject][added] = struct{}{}
-	return func() {
+	return Subscription{Stop: func() {
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		delete(b.subscriptions[subject], added)
 		if len(b.subscriptions[subject]) == 0 {
 			delete(b.subscriptions, subject)
 		}
-	}
+	}}
 }
 
-func (b *localBroker) SubscribeAll(subject string, handle func(data []byte)) func() {
+func (b *localBroker) SubscribeAll(subject string, handle func(data []byte)) Subscription {
 	return b.Subscribe(subject, handle)
 }
 

@@ -279,18 +279,19 @@ func (b *natsBroker) keeps(subject string) bool {
 	return b.kept[subject]
 }
 
-func (b *natsBroker) Subscribe(subject string, handle func(data []byte)) func() {
+// Subscribe needs no wait: the server gets it on the connection that everything is published on, in order.
+func (b *natsBroker) Subscribe(subject string, handle func(data []byte)) Subscription {
 	s := &natsSubscription{subject: subject, handle: func(m *nats.Msg) { handle(m.Data) }}
 	b.subscribe(s)
 	if !b.config.Durable || !strings.HasSuffix(subject, listenSuffix) {
-		return func() { b.unsubscribe(s) }
+		return Subscription{Stop: func() { b.unsubscribe(s) }}
 	}
 	asked := &natsSubscription{subject: subject + natsHolderSuffix, handle: func(m *nats.Msg) { _ = m.Respond(nil) }}
 	b.subscribe(asked)
-	return func() {
+	return Subscription{Stop: func() {
 		b.unsubscribe(s)
 		b.unsubscribe(asked)
-	}
+	}}
 }
 
 // Listens asks on a subject of its own, whose answers tell a worker that lives from one that has just lost its host, and
@@ -325,7 +326,7 @@ func (b *natsBroker) answersAtOnce() bool {
 	return time.Since(time.Unix(0, b.silence.Load())) > natsSilencePause
 }
 
-func (b *natsBroker) SubscribeAll(subject string, handle func(data []byte)) func() {
+func (b *natsBroker) SubscribeAll(subject string, handle func(data []byte)) Subscription {
 	return b.Subscribe(subject, handle)
 }
 

@@ -403,7 +403,7 @@ func TestNATSSubscriptions(t *testing.T) {
 	s.publish(t, "P.restart", "all")
 	s.publish(t, "t_worker", "one")
 	got.wait(t, 1002)
-	end()
+	end.Stop()
 	b.Publish(t.Context(), Message{Subject: "t_worker", Data: []byte("late")}, Message{Subject: "P.restart", Data: []byte("end")})
 	if all := got.wait(t, 1003); string(all[1002].Data) != "end" {
 		t.Errorf("after unsubscribe came %q", all[1002].Data)
@@ -1132,7 +1132,7 @@ func TestNATSLeavesNothingBehind(t *testing.T) {
 				d.Ack(t.Context())
 			}
 		}
-		end()
+		end.Stop()
 		consumer.Stop()
 		consumer.Stop()
 		b.Close()

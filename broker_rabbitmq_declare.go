@@ -86,6 +86,33 @@ func (c *rabbitConn) declare(q rabbitQueue, noTransient bool) (name string, asIt
 	return name, asItIs, err
 }
 
+// plain reports whether a queue may be declared together with others.
+func (q rabbitQueue) plain() bool {
+	return q.name != "" && q.fanout == "" && len(q.name) <= maxRabbitName
+}
+
+// declareTogether makes sure that plain queues are there as they should be, and bound, with one wait for the broker. An
+// error says nothing about each.
+func (c *rabbitConn) declareTogether(queues []rabbitQueue, noTransient bool) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.do(func(ch *amqp.Channel) error {
+		for i, q := range queues {
+			noWait := i < len(queues)-1
+			if _, err := ch.QueueDeclare(q.name, q.durable || noTransient, !q.durable, false, noWait || q.exchange != "", nil); err != nil {
+				return err
+			}
+			if q.exchange == "" {
+				continue
+			}
+			if err := ch.QueueBind(q.name, q.key, q.exchange, noWait, nil); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
 // declareExchange makes sure that the exchange for jobs and events is there: as it is, or as a durable topic exchange.
 func (c *rabbitConn) declareExchange(name string) error {
 	err := c.lookAtExchange(name)

@@ -240,7 +240,7 @@ func TestRabbitMQCloseLeavesNothing(t *testing.T) {
 		}
 		return ""
 	})
-	if b.Subscribe("t2_worker", func([]byte) {})(); b.Consume("p1.x", slotsOf(1), sink.take) == nil {
+	if b.Subscribe("t2_worker", func([]byte) {}).Stop(); b.Consume("p1.x", slotsOf(1), sink.take) == nil {
 		t.Error("no consumer after Close")
 	}
 	b.Consume("p1.y", slotsOf(1), sink.take).Stop()

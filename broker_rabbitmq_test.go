@@ -487,18 +487,18 @@ func TestRabbitMQSubscriptions(t *testing.T) {
 	b, connected := openRabbitForTest(t, server.config(t), nil)
 	awaitRabbit(t, connected, true)
 	var got [200]atomic.Int32
-	var unsubscribes []func()
+	var subscriptions []Subscription
 	began := time.Now()
 	for i := range got {
 		next := int32(0)
-		unsubscribes = append(unsubscribes, b.Subscribe(fmt.Sprintf("t%d_worker", i), func(data []byte) {
+		subscriptions = append(subscriptions, b.Subscribe(fmt.Sprintf("t%d_worker", i), func(data []byte) {
 			if string(data) == fmt.Sprint(next) { // in order
 				next++
 				got[i].Add(1)
 			}
 		}))
 		if i%2 == 1 {
-			unsubscribes[i]()
+			subscriptions[i].Stop()
 		}
 	}
 	if took := time.Since(began); took > time.Second {
@@ -531,8 +531,8 @@ func TestRabbitMQSubscriptions(t *testing.T) {
 		}
 		return ""
 	})
-	for _, unsubscribe := range unsubscribes {
-		unsubscribe()
+	for _, s := range subscriptions {
+		s.Stop()
 	}
 	waitFor(t, 10*time.Second, func() string {
 		for _, i := range []int{0, 100, 198} {
@@ -560,9 +560,9 @@ func TestRabbitMQRestartReachesEveryWorkerOnce(t *testing.T) {
 		waitFor(t, 10*time.Second, func() string {
 			for _, b := range brokers {
 				b.mu.Lock()
-				ready := b.subscriptions[0].ready.Load()
+				live := b.subscriptions[0].live.Load()
 				b.mu.Unlock()
-				if ready == 0 {
+				if live == 0 {
 					return "not every worker listens yet"
 				}
 			}

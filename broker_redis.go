@@ -355,7 +355,7 @@ func (b *redisBroker) Listens(ctx context.Context, taskID string) (bool, error) 
 		return false, err
 	}
 	answered := make(chan struct{}, 1)
-	defer b.Subscribe(channel+".callback", func([]byte) { rouse(answered) })()
+	defer b.Subscribe(channel+".callback", func([]byte) { rouse(answered) }).Stop()
 	limit := time.After(redisAnswerLimit)
 	for {
 		if err := s.client.Publish(ctx, channel, "").Err(); err != nil {
@@ -426,7 +426,7 @@ type redisSession struct {
 	work sync.WaitGroup
 
 	pong       chan struct{}   // an answer to a PING on the channels' connection, cap 1
-	subscribed map[string]bool // the channels asked for; the subscribing goroutine's
+	subscribed map[string]bool // the channels asked for, and whether the server has confirmed them; guarded by broker.mu
 }
 
 // run serves until the connection fails or the broker is closed.

@@ -39,28 +39,33 @@ const (
 type redisSubscription struct {
 	handle func(data []byte) // nil: the messages are offers to consumer
 	offers *redisConsumer
-	queue  []string // guarded by the broker's mu, like what follows
-	busy   bool
-	ended  bool
+	ready  chan struct{} // closed once the server has the channel
+
+	// Guarded by the broker's mu.
+	queue     []string
+	busy      bool
+	confirmed bool // ready is closed
+	ended     bool
 }
 
 // Subscribe serves any number of quick calls: the server is told by one goroutine, many at once.
-func (b *redisBroker) Subscribe(subject string, handle func(data []byte)) func() {
+func (b *redisBroker) Subscribe(subject string, handle func(data []byte)) Subscription {
 	return b.subscribe(subject, &redisSubscription{handle: handle})
 }
 
 // SubscribeAll is the same: every subscriber of a channel gets its messages.
-func (b *redisBroker) SubscribeAll(subject string, handle func(data []byte)) func() {
+func (b *redisBroker) SubscribeAll(subject string, handle func(data []byte)) Subscription {
 	return b.Subscribe(subject, handle)
 }
 
-func (b *redisBroker) subscribe(channel string, added *redisSubscription) (unsubscribe func()) {
+func (b *redisBroker) subscribe(channel string, added *redisSubscription) Subscription {
+	added.ready = make(chan struct{})
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.channels[channel] = append(b.channels[channel], added)
 	b.stale[channel] = struct{}{}
 	rouse(b.changes)
-	return func() {
+	return Subscription{added.ready, func() {
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		if added.ended {
@@ -80,7 +85,7 @@ func (b *redisBroker) subscribe(channel string, added *redisSubscription) (unsub
 		}
 		b.stale[channel] = struct{}{}
 		rouse(b.changes)
-	}
+	}}
 }
 
 // subscribeAll asks for every channel that is wanted, on a new connection.
@@ -115,11 +120,14 @@ func (s *redisSession) subscribeChanged() error {
 	b.mu.Lock()
 	for channel := range b.stale {
 		_, wanted := b.channels[channel]
+		confirmed, asked := s.subscribed[channel]
 		switch {
-		case wanted && !s.subscribed[channel]:
+		case wanted && !asked:
 			come = append(come, channel)
-			s.subscribed[channel] = true
-		case !wanted && s.subscribed[channel]:
+			s.subscribed[channel] = false
+		case wanted && confirmed:
+			b.confirm(channel) // to whoever has joined since
+		case !wanted && asked:
 			gone = append(gone, channel)
 			delete(s.subscribed, channel)
 		}
@@ -158,7 +166,7 @@ func (s *redisSession) receive() {
 			rouse(s.pong)
 		case *redis.Subscription:
 			if m.Kind == "subscribe" {
-				s.broker.confirm(m.Channel)
+				s.confirmed(m.Channel)
 			}
 		case *redis.Message:
 			s.dispatch(m.Channel, m.Payload)
@@ -166,15 +174,23 @@ func (s *redisSession) receive() {
 	}
 }
 
-// confirm tells the consumers of a channel that the server has their subscription. A stream needs no more: its group
-// reads from the beginning.
+// confirmed notes that the server has subscribed this connection to a channel.
+func (s *redisSession) confirmed(channel string) {
+	s.broker.mu.Lock()
+	defer s.broker.mu.Unlock()
+	if _, asked := s.subscribed[channel]; asked {
+		s.subscribed[channel] = true
+		s.broker.confirm(channel)
+	}
+}
+
+// confirm tells those who listen on a channel that the server knows. A stream's consumer needs no more: its group reads
+// from the beginning. The caller holds mu.
 func (b *redisBroker) confirm(channel string) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
 	for _, s := range b.channels[channel] {
-		if c := s.offers; c != nil && !c.confirmed {
-			c.confirmed = true
-			close(c.ready)
+		if !s.confirmed {
+			s.confirmed = true
+			close(s.ready)
 		}
 	}
 }
@@ -234,42 +250,40 @@ func (b *redisBroker) overfull() bool {
 
 // A redisConsumer is a job's subject: its channel and, with durable, its stream.
 type redisConsumer struct {
-	broker      *redisBroker
-	subject     string
-	slots       Slots
-	handle      func(Delivery)
-	unsubscribe func()
-	ready       chan struct{} // closed once the server has the subscription
+	broker  *redisBroker
+	subject string
+	slots   Slots
+	handle  func(Delivery)
+	offers  Subscription
 
 	handling sync.WaitGroup // calls of handle; nothing is added once stopped
 	gone     chan struct{}  // closed by Stop
 
 	// guarded by the broker's mu
-	confirmed bool
-	stopped   bool
-	refused   map[string]time.Time // claims of offers that handle refused and others may take
+	stopped bool
+	refused map[string]time.Time // claims of offers that handle refused and others may take
 }
 
 // Consume listens on the job's channel and, with durable, reads its stream.
 func (b *redisBroker) Consume(subject string, slots Slots, handle func(Delivery)) Consumer {
 	c := &redisConsumer{
 		broker: b, subject: subject, slots: slots, handle: handle,
-		ready: make(chan struct{}), gone: make(chan struct{}), refused: map[string]time.Time{},
+		gone: make(chan struct{}), refused: map[string]time.Time{},
 	}
-	c.unsubscribe = b.subscribe(subject, &redisSubscription{offers: c})
+	c.offers = b.subscribe(subject, &redisSubscription{offers: c})
 	if b.config.Durable {
 		b.consumeStream(c)
 	}
 	return c
 }
 
-// Wake lets the reader of streams ask again how much is free.
-func (c *redisConsumer) Ready() <-chan struct{} { return c.ready }
+func (c *redisConsumer) Ready() <-chan struct{} { return c.offers.Ready }
 
+// Wake lets the reader of streams ask again how much is free.
 func (c *redisConsumer) Wake() { rouse(c.broker.woken) }
 
 func (c *redisConsumer) Stop() {
-	c.unsubscribe()
+	c.offers.Stop()
 	b := c.broker
 	b.mu.Lock()
 	if !c.stopped {

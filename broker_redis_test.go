@@ -345,8 +345,8 @@ func TestRedisSubscriptions(t *testing.T) {
 	slow := make(chan struct{})
 	endSlow := b.Subscribe("slow", func([]byte) { <-slow })
 	var all atomic.Int64
-	defer b.SubscribeAll("p.restart", func([]byte) { all.Add(1) })()
-	defer b.SubscribeAll("p.restart", func([]byte) { all.Add(1) })()
+	defer b.SubscribeAll("p.restart", func([]byte) { all.Add(1) }).Stop()
+	defer b.SubscribeAll("p.restart", func([]byte) { all.Add(1) }).Stop()
 	for _, channel := range []string{"mine", "slow", "p.restart"} {
 		s.waitForReceivers(t, channel, 1)
 	}
@@ -369,12 +369,12 @@ func TestRedisSubscriptions(t *testing.T) {
 		}
 	}
 	close(slow)
-	endSlow()
+	endSlow.Stop()
 
 	// Thousands that come and go are cheap, and the one that stays survives a restart of the server.
 	began := time.Now()
 	for i := range 5000 {
-		b.Subscribe(fmt.Sprintf("task-%d_worker", i), func([]byte) {})()
+		b.Subscribe(fmt.Sprintf("task-%d_worker", i), func([]byte) {}).Stop()
 	}
 	t.Logf("5,000 subscriptions made and ended in %v", time.Since(began))
 	s.waitForReceivers(t, "slow", 0)
@@ -390,7 +390,7 @@ func TestRedisSubscriptions(t *testing.T) {
 		}
 		return ""
 	})
-	end()
+	end.Stop()
 	s.waitForReceivers(t, "mine", 0)
 	channels, err := s.client.PubSubChannels(context.Background(), "*").Result()
 	if err != nil || len(channels) != 1 {

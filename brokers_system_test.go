@@ -7,11 +7,13 @@ package main
 
 import (
 	"fmt"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -285,7 +287,12 @@ jobs: [{event: note, cmd: 'echo {{task_id}} >> begun; sleep 1; echo {{task_id}} 
 func TestBrokerCreatedElsewhere(t *testing.T) {
 	onEveryBroker(t, func(t *testing.T, kind brokerKind, server testServer) {
 		here := workerOn(t, kind, server, "here", "jobs: [{event: other, cmd: 'true'}]\n")
-		workerOn(t, kind, server, "there", `jobs: [{event: far, cmd: 'echo {{word}}; sleep 0.3; exit {{code}}'}]`+"\n")
+		workerOn(t, kind, server, "there", `
+concurrency: 8
+jobs:
+  - {event: far, cmd: 'echo {{word}}; sleep 0.3; exit {{code}}'}
+  - {event: quick, cmd: echo x}
+`)
 		config := filepath.Join(here.dir, "config.yaml")
 		for code, want := range map[int]int{0: 0, 7: 1} {
 			got := runCLI(t, nil, "", "create", "far", "--data", fmt.Sprintf(`{"word":"from afar","code":%d}`, code),
@@ -297,6 +304,28 @@ func TestBrokerCreatedElsewhere(t *testing.T) {
 		id := here.create("far", `{"word":"x","code":0}`)
 		if v := here.wait(id, statusFinish); v.OutputBytes != 2 {
 			t.Errorf("record of a task elsewhere: %+v", v)
+		}
+		// However quick the other worker is, nothing of them is missed.
+		ids := make([]string, 100)
+		var creating sync.WaitGroup
+		for from := range 4 {
+			creating.Add(1)
+			go func() { // ends with its share
+				defer creating.Done()
+				for i := from; i < len(ids); i += 4 {
+					if id, err := createBy(http.DefaultClient, here.url, "quick"); err != nil {
+						t.Error(err)
+					} else {
+						ids[i] = id
+					}
+				}
+			}()
+		}
+		creating.Wait()
+		for _, id := range ids {
+			if v := here.wait(id, statusFinish); v.OutputBytes != 2 {
+				t.Errorf("record of a quick task elsewhere: %+v", v)
+			}
 		}
 	})
 }

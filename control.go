@@ -67,13 +67,13 @@ func (w *worker) control(t *task) {
 // listen listens on a task's control subjects on a link.
 func (w *worker) listen(t *task, l *brokerLink) (unlisten func()) {
 	// The broker is never called with mu held: it has locks of its own, and calls us back.
-	stopWorker := l.broker.Subscribe(t.id+"_worker", func(data []byte) { w.obey(t, data) })
-	stopListen := l.broker.Subscribe(t.id+listenSuffix, func([]byte) {
+	orders := l.broker.Subscribe(t.id+"_worker", func(data []byte) { w.obey(t, data) })
+	looks := l.broker.Subscribe(t.id+listenSuffix, func([]byte) {
 		l.reporter.enqueue(t.id+listenSuffix+".callback", []byte("world"), "")
 	})
 	return func() {
-		stopWorker()
-		stopListen()
+		orders.Stop()
+		looks.Stop()
 	}
 }
 

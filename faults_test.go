@@ -383,8 +383,19 @@ jobs:
 	quick := a.create("quick", "{}")
 	a.wait(quick, statusFinish)
 	pid := a.childPID()
-	// What is there may be used on, one connection more is accepted, and then there is none left for a command's pipes.
-	a.limit(syscall.RLIMIT_NOFILE, openFiles(t, pid)+1, pid)
+	// What is there may be used on, one connection more is accepted, and then there is none left for a command's pipes. The
+	// descriptors of the task that has ended must be gone before they are counted.
+	files, same := openFiles(t, pid), 0
+	waitFor(t, 10*time.Second, func() string {
+		if now := openFiles(t, pid); now != files {
+			files, same = now, 0
+		}
+		if same++; same < 10 {
+			return fmt.Sprintf("%d descriptors, and not for long", files)
+		}
+		return ""
+	})
+	a.limit(syscall.RLIMIT_NOFILE, files+1, pid)
 	var ids []string
 	for range 5 {
 		ids = append(ids, a.create("quick", "{}"))

@@ -4,6 +4,7 @@ package main
 // that takes one publishes about it goes into the records here, so that its record, its log and `create --wait` work.
 
 import (
+	"context"
 	"slices"
 	"sync"
 	"time"
@@ -11,6 +12,9 @@ import (
 
 const (
 	maxFollowed = 10_000 // tasks at once; of more the oldest is given up
+
+	// followLimit is how long the creation of a task waits for the broker to listen for what becomes of it.
+	followLimit = 2 * time.Second
 
 	// lastOutputPause is what a task's last output may come later than its _finish: they are different subjects, and
 	// only within one does a broker promise order.
@@ -38,24 +42,42 @@ type followedTask struct {
 	failed  string
 	ended   bool
 
-	unsubscribe []func()
+	listening []Subscription // guarded by the follower's mu
 }
 
 func newFollower(broker Broker, recs *records) *follower {
 	return &follower{broker: broker, records: recs, tasks: map[string]*followedTask{}}
 }
 
-// follow begins to follow a task; it comes before the task is published.
-func (f *follower) follow(id, event, name string) {
-	f.add(&followedTask{id: id, event: event, name: name, createdAt: time.Now()})
+// follow begins to follow a task; it comes before the task is published, and so does awaitReady for what it listens on.
+func (f *follower) follow(id, event, name string) (listening []Subscription) {
+	return f.add(&followedTask{id: id, event: event, name: name, createdAt: time.Now()})
+}
+
+// awaitReady returns when nothing that is published from now on will be missed, or when ctx or followLimit is over: a task
+// is worth more than its story.
+func awaitReady(ctx context.Context, listening []Subscription) {
+	limit := time.NewTimer(followLimit)
+	defer limit.Stop()
+	for _, s := range listening {
+		if s.Ready == nil {
+			continue
+		}
+		select {
+		case <-s.Ready:
+		case <-limit.C:
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // add listens for what becomes of a task.
-func (f *follower) add(t *followedTask) {
+func (f *follower) add(t *followedTask) (listening []Subscription) {
 	id := t.id
-	t.unsubscribe = nil
 	on := func(suffix string, handle func(data []byte)) {
-		t.unsubscribe = append(t.unsubscribe, f.broker.Subscribe(id+suffix, handle))
+		listening = append(listening, f.broker.Subscribe(id+suffix, handle))
 	}
 	on("_who", func([]byte) { f.began(t) })
 	on("_process", func(data []byte) {
@@ -75,6 +97,7 @@ func (f *follower) add(t *followedTask) {
 	})
 
 	f.mu.Lock()
+	t.listening = listening
 	f.tasks[id] = t
 	f.order = append(f.order, id)
 	var oldest string
@@ -83,6 +106,7 @@ func (f *follower) add(t *followedTask) {
 	}
 	f.mu.Unlock()
 	f.drop(oldest)
+	return listening
 }
 
 // drop stops following a task: it has ended, was never sent, or runs right here.
@@ -92,13 +116,15 @@ func (f *follower) drop(id string) { f.leave(id) }
 func (f *follower) leave(id string) *followedTask {
 	f.mu.Lock()
 	t := f.tasks[id]
+	var listening []Subscription
+	if t != nil {
+		listening = t.listening
+	}
 	delete(f.tasks, id)
 	f.order = slices.DeleteFunc(f.order, func(other string) bool { return other == id })
 	f.mu.Unlock()
-	if t != nil {
-		for _, unsubscribe := range t.unsubscribe {
-			unsubscribe()
-		}
+	for _, s := range listening {
+		s.Stop()
 	}
 	return t
 }

@@ -7,6 +7,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -293,7 +294,7 @@ func TestListens(t *testing.T) {
 		stop := has.Subscribe("a.1_listen", func(data []byte) { go answer(data) })
 		await("a.1", true)
 		await("a.2", false)
-		stop()
+		stop.Stop()
 		await("a.1", false)
 		// A subscriber that does not answer is no worker that lives.
 		switch server := server.(type) {
@@ -359,7 +360,7 @@ func TestRedeliveryIsLookedInto(t *testing.T) {
 	}
 	unsubscribe := map[string]func(){}
 	for _, id := range []string{"shared", "passed", "kept", "drained"} {
-		unsubscribe[id] = broker.Subscribe(id+"_listen", func([]byte) {})
+		unsubscribe[id] = broker.Subscribe(id+"_listen", func([]byte) {}).Stop
 	}
 	await("held, where claims are shared", deliver("shared", true, true), 0, 0, 1)
 	passed, kept, drained := deliver("passed", false, false), deliver("kept", false, true), deliver("drained", false, true)
@@ -373,6 +374,60 @@ func TestRedeliveryIsLookedInto(t *testing.T) {
 	await("held, when the worker stops", drained, 0, 1, 0)
 	if ran, _ := os.ReadFile(filepath.Join(dir, "ran")); string(ran) != "free\n" {
 		t.Errorf("ran %q; want the free one", ran)
+	}
+}
+
+// TestUnsettledIsListenedFor ends tasks whose broker could not be told, in the end or while they ran: it delivers them
+// again, and whoever gets them has to find that this worker knows them.
+func TestUnsettledIsListenedFor(t *testing.T) {
+	server := newNATSServer(t, "-js", "-sd", t.TempDir())
+	dir := t.TempDir()
+	w, _ := openWorkerForTest(t, dir, `
+credential: {project_id: p1}
+broker_connection: `+withLogin(server.connection(), "durable: true")+`
+jobs:
+  - {event: quick, cmd: 'true'}
+  - {event: long, cmd: 'until test -e go; do sleep 0.02; done'}
+`)
+	asks := openForTest(t, BrokerConfig{Type: "nats", Host: server.addr, Durable: true}, "p1", "asks")
+	lost := errors.New("connection lost")
+	deliver := func(event, id string, heldFor time.Duration, ack error) {
+		w.take(w.currentLink(), event, Delivery{
+			Subject: "p1." + event, Data: []byte(`{"task_id":"` + id + `"}`), Held: true, Attempt: 1, HeldFor: heldFor,
+			Ack: func(context.Context) error { return ack }, Nack: func(error) {},
+		})
+	}
+	deliver("quick", "settled", 0, nil)
+	deliver("quick", "unsettled", 0, lost)
+	deliver("long", "adopted", time.Millisecond, nil)
+	deliver("long", "unsettled-long", time.Millisecond, lost)
+	waitFor(t, 10*time.Second, func() string {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		for _, id := range []string{"adopted", "unsettled-long"} {
+			if held := w.known[id]; held != nil && held.delivery != nil {
+				return "the journal does not answer for " + id
+			}
+		}
+		return ""
+	})
+	if err := os.WriteFile(filepath.Join(dir, "go"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for id, want := range map[string]bool{"settled": false, "unsettled": true, "adopted": false, "unsettled-long": true} {
+		waitFor(t, 10*time.Second, func() string {
+			w.mu.Lock()
+			_, ended := w.journal.outcome(id)
+			known := w.known[id] != nil
+			w.mu.Unlock()
+			if !ended || known {
+				return id + " has not been settled"
+			}
+			if got, err := asks.Listens(t.Context(), id); got != want || err != nil {
+				return fmt.Sprintf("Listens(%q) = %v, %v; want %v", id, got, err, want)
+			}
+			return ""
+		})
 	}
 }
 

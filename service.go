@@ -24,6 +24,7 @@ func apiConfigOf(cfg *Config) apiConfig {
 func (w *worker) create(ctx context.Context, appID, event string, formBody json.RawMessage) (string, error) {
 	w.mu.Lock()
 	l, now := w.link, w.setup.Load()
+	connected := l.err == nil
 	l.creating++ // it stays, and consumes, until the task is known to it
 	w.mu.Unlock()
 	defer func() {
@@ -48,7 +49,10 @@ func (w *worker) create(ctx context.Context, appID, event string, formBody json.
 	away := errJournalAway
 	if !l.isLocal() {
 		away = errBrokerAway
-		l.follower.follow(id, event, w.nameOf(event))
+		listening := l.follower.follow(id, event, w.nameOf(event))
+		if connected { // else sending it is to fail at once
+			awaitReady(ctx, listening)
+		}
 	}
 	if _, err := l.broker.Publish(ctx, Message{Subject: appID + "." + event, Data: body, Task: true}); err != nil {
 		l.follower.drop(id)
