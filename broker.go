@@ -52,6 +52,23 @@ type Subscription struct {
 	Ready <-chan struct{}
 	// Stop ends it, and waits for nothing.
 	Stop func()
+	// Asked is, for {task_id}_listen, when a worker has last called Listens for the task; nil: the broker cannot tell.
+	Asked func() time.Time
+}
+
+// stopAfter stops it in a while, counted anew from each time that somebody asks.
+func (s Subscription) stopAfter(limit time.Duration) {
+	var look func()
+	look = func() {
+		if s.Asked != nil {
+			if left := limit - time.Since(s.Asked()); left > 0 {
+				time.AfterFunc(left, look)
+				return
+			}
+		}
+		s.Stop()
+	}
+	time.AfterFunc(limit, look)
 }
 
 // A Message is something to be published.

@@ -286,12 +286,19 @@ func (b *natsBroker) Subscribe(subject string, handle func(data []byte)) Subscri
 	if !b.config.Durable || !strings.HasSuffix(subject, listenSuffix) {
 		return Subscription{Stop: func() { b.unsubscribe(s) }}
 	}
-	asked := &natsSubscription{subject: subject + natsHolderSuffix, handle: func(m *nats.Msg) { _ = m.Respond(nil) }}
-	b.subscribe(asked)
-	return Subscription{Stop: func() {
-		b.unsubscribe(s)
-		b.unsubscribe(asked)
+	var last atomic.Int64 // Unix nanoseconds
+	asked := &natsSubscription{subject: subject + natsHolderSuffix, handle: func(m *nats.Msg) {
+		last.Store(time.Now().UnixNano())
+		_ = m.Respond(nil)
 	}}
+	b.subscribe(asked)
+	return Subscription{
+		Stop: func() {
+			b.unsubscribe(s)
+			b.unsubscribe(asked)
+		},
+		Asked: func() time.Time { return time.Unix(0, last.Load()) },
+	}
 }
 
 // Listens asks on a subject of its own, whose answers tell a worker that lives from one that has just lost its host, and

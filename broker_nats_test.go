@@ -443,25 +443,36 @@ func TestNATSDurableRedelivers(t *testing.T) {
 	assertStreamEmpty(t, s, "P.job")
 }
 
-// assertStreamEmpty waits until a subject's stream holds nothing, neither waiting nor delivered; what was lost with a
-// connection comes back after claimLost.
+// assertStreamEmpty waits until a subject's stream holds nothing, neither waiting nor delivered.
 func assertStreamEmpty(t testing.TB, s *natsServer, subject string) {
 	t.Helper()
-	js, _ := s.client(t).JetStream()
-	waitFor(t, claimLost+20*time.Second, func() string {
-		name, err := js.StreamNameBySubject(subject)
-		if err != nil {
-			return err.Error()
-		}
-		info, err := js.StreamInfo(name)
-		if err != nil {
-			return err.Error()
-		}
-		if info.State.Msgs != 0 {
-			return fmt.Sprintf("%d messages in the stream", info.State.Msgs)
+	held := s.inStream(t, subject)
+	waitFor(t, 10*time.Second, func() string {
+		if n, err := held(); n != 0 || err != nil {
+			return fmt.Sprintf("%d messages in the stream, %v", n, err)
 		}
 		return ""
 	})
+}
+
+// inStream tells how many messages a subject's stream holds, waiting or delivered.
+func (s *natsServer) inStream(t testing.TB, subject string) func() (int, error) {
+	t.Helper()
+	js, err := s.client(t).JetStream()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return func() (int, error) {
+		name, err := js.StreamNameBySubject(subject)
+		if err != nil {
+			return 0, err
+		}
+		info, err := js.StreamInfo(name)
+		if err != nil {
+			return 0, err
+		}
+		return int(info.State.Msgs), nil
+	}
 }
 
 func TestNATSDurableNackAndStop(t *testing.T) {

@@ -41,7 +41,7 @@ const maxRabbitTogether = 200
 // Subscribe listens on a queue named as the subject. What arrives is acknowledged by its arrival.
 func (b *rabbitBroker) Subscribe(subject string, handle func(data []byte)) Subscription {
 	s := b.subscribe(subject, b.workerQueue(subject), handle)
-	return Subscription{s.ready, func() { b.unsubscribe(s) }}
+	return Subscription{Ready: s.ready, Stop: func() { b.unsubscribe(s) }}
 }
 
 // SubscribeAll listens on a queue of this worker's own behind the project's fanout exchange, and takes its share of the
@@ -54,7 +54,7 @@ func (b *rabbitBroker) SubscribeAll(subject string, handle func(data []byte)) Su
 	one := Slots{Limit: func() int { return 1 }, Free: func() int { return 1 }}
 	relay := b.consume(shared, one, func(d Delivery) { b.passOn(own, d, stop) })
 	stopRelay := sync.OnceFunc(func() { close(stop) })
-	return Subscription{own.ready, func() {
+	return Subscription{Ready: own.ready, Stop: func() {
 		stopRelay()
 		relay.Stop()
 		b.unsubscribe(own)
@@ -219,10 +219,11 @@ func (l *rabbitListeners) listenTo(wanted []*rabbitSubscription) (again time.Dur
 	var together, apart []*rabbitSubscription
 	again = time.Hour
 	for _, s := range wanted {
-		_, live := l.live[s]
+		if _, live := l.live[s]; live || s.ended.Load() {
+			continue
+		}
 		wait := time.Until(s.retryAt)
 		switch {
-		case live || s.ended.Load():
 		case wait > 0:
 			again = min(again, wait)
 		case s.tries == 0 && s.queue.plain():

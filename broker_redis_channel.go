@@ -65,7 +65,7 @@ func (b *redisBroker) subscribe(channel string, added *redisSubscription) Subscr
 	b.channels[channel] = append(b.channels[channel], added)
 	b.stale[channel] = struct{}{}
 	rouse(b.changes)
-	return Subscription{added.ready, func() {
+	return Subscription{Ready: added.ready, Stop: func() {
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		if added.ended {

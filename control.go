@@ -45,9 +45,9 @@ func (w *worker) control(t *task) {
 		if !wanted {
 			return
 		}
-		unlisten := w.listen(t, l)
+		listening := w.listen(t, l)
 		stop := func() {
-			unlisten()
+			listening.Stop()
 			w.mu.Lock()
 			defer w.mu.Unlock()
 			w.controlled--
@@ -65,16 +65,18 @@ func (w *worker) control(t *task) {
 }
 
 // listen listens on a task's control subjects on a link.
-func (w *worker) listen(t *task, l *brokerLink) (unlisten func()) {
+func (w *worker) listen(t *task, l *brokerLink) Subscription {
 	// The broker is never called with mu held: it has locks of its own, and calls us back.
 	orders := l.broker.Subscribe(t.id+"_worker", func(data []byte) { w.obey(t, data) })
 	looks := l.broker.Subscribe(t.id+listenSuffix, func([]byte) {
 		l.reporter.enqueue(t.id+listenSuffix+".callback", []byte("world"), "")
 	})
-	return func() {
+	stopLooks := looks.Stop
+	looks.Stop = func() {
 		orders.Stop()
-		looks.Stop()
+		stopLooks()
 	}
+	return looks
 }
 
 // takeControl gives the end of the listening on a task's control subjects to whoever calls it; nil: there is none.
@@ -87,17 +89,13 @@ func (w *worker) takeControl(t *task) (uncontrol func()) {
 // linger listens on for a finished task whose delivery could not be settled: the broker will deliver it again, and whoever
 // gets it is to leave it to this worker, which knows that it has ended.
 func (w *worker) linger(t *task) {
-	unlisten := w.takeControl(t)
-	if unlisten == nil { // it was too short to be listened for, or has only just come to this link
-		w.mu.Lock()
-		l := t.link
-		w.mu.Unlock()
-		if l == nil || l.isLocal() {
-			return
-		}
-		unlisten = w.listen(t, l)
+	w.mu.Lock()
+	l := t.link
+	w.mu.Unlock()
+	if l == nil || l.isLocal() {
+		return
 	}
-	time.AfterFunc(lingerLimit, unlisten)
+	w.listen(t, l).stopAfter(lingerLimit)
 }
 
 // obey does what a message on {task_id}_worker says.

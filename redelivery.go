@@ -27,8 +27,8 @@ const (
 	// the broker counts, since some give a message up that comes back too often.
 	leavePause = 2 * time.Second
 
-	// lingerLimit is how long a finished task is listened for whose delivery could not be settled: it is on its way to
-	// another worker, which leaves it to this one.
+	// lingerLimit is how long a finished task is listened for whose delivery could not be settled, and after each time that
+	// another worker has asked for it: it is on its way to one, which leaves it to this one. It is more than claimLost.
 	lingerLimit = time.Minute
 )
 

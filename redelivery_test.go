@@ -291,10 +291,14 @@ func TestListens(t *testing.T) {
 		answer := func([]byte) {
 			has.Publish(context.Background(), Message{Subject: "a.1_listen.callback", Data: []byte("world")})
 		}
-		stop := has.Subscribe("a.1_listen", func(data []byte) { go answer(data) })
+		listening := has.Subscribe("a.1_listen", func(data []byte) { go answer(data) })
+		before := time.Now()
 		await("a.1", true)
 		await("a.2", false)
-		stop.Stop()
+		if listening.Asked != nil && listening.Asked().Before(before) {
+			t.Errorf("asked %v before it was", before.Sub(listening.Asked()))
+		}
+		listening.Stop()
 		await("a.1", false)
 		// A subscriber that does not answer is no worker that lives.
 		switch server := server.(type) {
@@ -428,6 +432,27 @@ jobs:
 			}
 			return ""
 		})
+	}
+}
+
+// TestSubscriptionIsKeptWhileAsked stops subscriptions in a while: at once then, or when nobody has asked for as long.
+func TestSubscriptionIsKeptWhileAsked(t *testing.T) {
+	const limit = 50 * time.Millisecond
+	began := time.Now()
+	for name, asked := range map[string]func() time.Time{
+		"cannot tell":   nil,
+		"nobody asks":   func() time.Time { return time.Unix(0, 0) },
+		"somebody does": func() time.Time { return began.Add(3 * limit) },
+	} {
+		stopped := make(chan time.Duration, 2)
+		Subscription{Asked: asked, Stop: func() { stopped <- time.Since(began) }}.stopAfter(limit)
+		least := limit
+		if name == "somebody does" {
+			least = 4 * limit
+		}
+		if after := <-stopped; after < least {
+			t.Errorf("%s: stopped after %v", name, after)
+		}
 	}
 }
 
