@@ -32,7 +32,7 @@ type Broker interface {
 	SubscribeAll(subject string, handle func(data []byte)) Subscription
 
 	// Listens reports whether another worker, on any connection, has called Subscribe for {task_id}_listen, as one does
-	// that has the task. That may take a second or two.
+	// that has the task. That may take some seconds.
 	Listens(ctx context.Context, taskID string) (bool, error)
 
 	// Consume takes this worker's share of the tasks on a job's subject and hands each to handle, which may be called

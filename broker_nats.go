@@ -23,9 +23,10 @@ const (
 	natsDrainLimit = 3 * time.Second
 
 	// natsHolderSuffix, behind {task_id}_listen, is where workers ask each other whether one has the task, which has
-	// natsAnswerLimit to say so.
+	// natsAnswerLimit to say so: its host may be busy, and whoever takes silence for nobody runs the task a second time. It
+	// is waited out where a host has just died, or somebody reads along on every subject.
 	natsHolderSuffix = ".held"
-	natsAnswerLimit  = 1500 * time.Millisecond
+	natsAnswerLimit  = 5 * time.Second
 	natsSilencePause = time.Minute
 )
 

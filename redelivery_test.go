@@ -202,6 +202,24 @@ func TestRedeliveryOnNATS(t *testing.T) {
 		h.awaitLog(h.heir, logLeft)
 		h.release()
 	})
+	t.Run("halted", func(t *testing.T) {
+		t.Parallel()
+		h, nc := start(t)
+		pid := h.holder.childPID()
+		if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+		name := natsName("p1.hold")
+		if err := nc.Publish(fmt.Sprintf("$JS.ACK.%s.%s.1.1.1.%d.0", name, name, time.Now().UnixNano()), []byte("-NAK")); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(3 * time.Second) // a host may be that slow to answer
+		if err := syscall.Kill(pid, syscall.SIGCONT); err != nil {
+			t.Fatal(err)
+		}
+		h.awaitLog(h.heir, logLeft)
+		h.release()
+	})
 	t.Run("killed", func(t *testing.T) {
 		t.Parallel()
 		h, _ := start(t)
