@@ -1,7 +1,7 @@
 package main
 
 // task.go is one task from its slot to its status: the data file, the environment, the command, retries, and the entry
-// in the journal that makes its end count. What comes before and after is in worker.go.
+// in the journal that makes its end count. What comes before and after is in delivery.go.
 
 import (
 	"context"
