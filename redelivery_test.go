@@ -163,14 +163,19 @@ func TestRedeliveryOnNATS(t *testing.T) {
 		}
 		return startHeldTask(t, kind, server), nc
 	}
+	// forget puts the task back behind its holder's back, as a server does that has forgotten who has it.
+	forget := func(t *testing.T, nc *nats.Conn) {
+		t.Helper()
+		name := natsName("p1.hold")
+		reply := fmt.Sprintf("$JS.ACK.%s.%s.1.1.1.%d.0", name, name, time.Now().UnixNano())
+		if err := nc.Publish(reply, []byte("-NAK")); err != nil {
+			t.Fatal(err)
+		}
+	}
 	t.Run("forgotten", func(t *testing.T) {
 		t.Parallel()
 		h, nc := start(t)
-		name := natsName("p1.hold")
-		nak := fmt.Sprintf("$JS.ACK.%s.%s.1.1.1.%d.0", name, name, time.Now().UnixNano())
-		if err := nc.Publish(nak, []byte("-NAK")); err != nil {
-			t.Fatal(err)
-		}
+		forget(t, nc)
 		h.awaitLog(h.heir, logLeft)
 		// The holder's claim is good again: nobody is given the task for longer than a claim lasts.
 		time.Sleep(4 * time.Second) // it is about what does not happen
@@ -193,10 +198,7 @@ func TestRedeliveryOnNATS(t *testing.T) {
 		h, nc := start(t)
 		h.gate.open.Store(false)
 		h.gate.cut()
-		name := natsName("p1.hold")
-		if err := nc.Publish(fmt.Sprintf("$JS.ACK.%s.%s.1.1.1.%d.0", name, name, time.Now().UnixNano()), []byte("-NAK")); err != nil {
-			t.Fatal(err)
-		}
+		forget(t, nc)
 		h.awaitLog(h.holder, logAway)
 		h.gate.open.Store(true)
 		h.awaitLog(h.heir, logLeft)
@@ -209,10 +211,7 @@ func TestRedeliveryOnNATS(t *testing.T) {
 		if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
 			t.Fatal(err)
 		}
-		name := natsName("p1.hold")
-		if err := nc.Publish(fmt.Sprintf("$JS.ACK.%s.%s.1.1.1.%d.0", name, name, time.Now().UnixNano()), []byte("-NAK")); err != nil {
-			t.Fatal(err)
-		}
+		forget(t, nc)
 		time.Sleep(3 * time.Second) // a host may be that slow to answer
 		if err := syscall.Kill(pid, syscall.SIGCONT); err != nil {
 			t.Fatal(err)
