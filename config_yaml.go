@@ -184,13 +184,10 @@ func decodeNode(decoder *yaml.Decoder) (document *yaml.Node, err error) {
 	return document, nil
 }
 
-var (
-	yamlLine      = regexp.MustCompile(`^line (\d+): `)
-	unknownAnchor = regexp.MustCompile(`^unknown anchor '(.*)' referenced`)
-)
-
 // yamlProblem gives the line and the text of a syntax error.
 func yamlProblem(err error, text []byte) (line int, why string) {
+	yamlLine := regexp.MustCompile(`^line (\d+): `)
+	unknownAnchor := regexp.MustCompile(`^unknown anchor '(.*)' referenced`)
 	why = strings.TrimPrefix(err.Error(), "yaml: ")
 	if found := unknownAnchor.FindStringSubmatch(why); found != nil {
 		// The name is not repeated: it may well be a password that wants quotes.

@@ -10,7 +10,10 @@ import (
 	"math"
 	stdnet "net"
 	"os"
+	"path/filepath"
 	"runtime"
+	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -121,11 +124,7 @@ func (h *hardware) readHost(ctx context.Context) {
 		info.HostID, _ = read(ctx, h, "host id", host.HostIDWithContext)
 	}
 	if info.Platform == "" {
-		type platform struct{ name, family, version string }
-		p, _ := read(ctx, h, "platform", func(ctx context.Context) (p platform, err error) {
-			p.name, p.family, p.version, err = host.PlatformInformationWithContext(ctx)
-			return p, err
-		})
+		p, _ := read(ctx, h, "platform", readPlatform)
 		info.Platform, info.PlatformFamily, info.PlatformVersion = p.name, p.family, p.version
 	}
 	if info.KernelVersion == "" {
@@ -163,6 +162,42 @@ func (h *hardware) readHost(ctx context.Context) {
 	h.mu.Lock()
 	h.latest.Host = &current
 	h.mu.Unlock()
+}
+
+// A platform is the system's distribution and release.
+type platform struct{ name, family, version string }
+
+// readPlatform is gopsutil's, except on a Debian: there it would run lsb_release, a script of ten processes, at the
+// very moment at which the worker starts, only to take the release from a file after all.
+func readPlatform(ctx context.Context) (p platform, err error) {
+	if version, ok := plainDebian("/"); ok {
+		return platform{"debian", "debian", version}, nil
+	}
+	p.name, p.family, p.version, err = host.PlatformInformationWithContext(ctx)
+	return p, err
+}
+
+// plainDebian gives the release if the system below root is Debian itself, by name and without what gopsutil would take
+// another name from.
+func plainDebian(root string) (release string, ok bool) {
+	if os.Getenv("HOST_ETC") != "" {
+		return "", false // gopsutil's way to ask about another system than this one
+	}
+	for _, other := range []string{"lsb-release", "oracle-release", "enterprise-release", "slackware-version"} {
+		if _, err := os.Stat(filepath.Join(root, "etc", other)); err == nil {
+			return "", false
+		}
+	}
+	if _, err := os.Stat(filepath.Join(root, "usr/bin/raspi-config")); err == nil {
+		return "", false
+	}
+	names, err := os.ReadFile(filepath.Join(root, "etc/os-release"))
+	if err != nil || !slices.Contains(strings.Split(string(names), "\n"), "ID=debian") {
+		return "", false
+	}
+	version, err := os.ReadFile(filepath.Join(root, "etc/debian_version"))
+	release, _, _ = strings.Cut(string(version), "\n")
+	return release, err == nil && release != ""
 }
 
 // sample reads what changes. CPU and traffic are those since the sample before.

@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net/http"
+	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -19,6 +21,7 @@ import (
 
 	"github.com/shirou/gopsutil/v3/cpu"
 	"github.com/shirou/gopsutil/v3/disk"
+	"github.com/shirou/gopsutil/v3/host"
 	"github.com/shirou/gopsutil/v3/net"
 )
 
@@ -228,6 +231,49 @@ func TestHardwareWithoutProc(t *testing.T) {
 	}
 	if got := h.reportMessages(nil, view, "p"); len(got) != 2 {
 		t.Errorf("reports are %v", got)
+	}
+}
+
+func TestPlainDebian(t *testing.T) {
+	debian := map[string]string{
+		"etc/os-release":     "PRETTY_NAME=\"Debian GNU/Linux 12 (bookworm)\"\nID=debian\nVERSION_ID=\"12\"\n",
+		"etc/debian_version": "12.11\n",
+	}
+	for _, test := range []struct {
+		name  string
+		other map[string]string // instead of Debian's files, or besides them
+		want  string
+	}{
+		{"as it is installed", nil, "12.11"},
+		{"no release", map[string]string{"etc/debian_version": "\n"}, ""},
+		{"a derived system", map[string]string{"etc/os-release": "ID=devuan\nID_LIKE=debian\n"}, ""},
+		{"one that has a name of its own", map[string]string{"etc/lsb-release": "DISTRIB_ID=LinuxMint\n"}, ""},
+		{"a Raspberry Pi", map[string]string{"usr/bin/raspi-config": "#!/bin/sh\n"}, ""},
+	} {
+		root := t.TempDir()
+		files := maps.Clone(debian)
+		maps.Copy(files, test.other)
+		for name, text := range files {
+			path := filepath.Join(root, name)
+			if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if release, ok := plainDebian(root); release != test.want || ok != (test.want != "") {
+			t.Errorf("%s: release %q, %v; want %q", test.name, release, ok, test.want)
+		}
+	}
+	// Whatever system this is, the report says of it what gopsutil would.
+	got, err := readPlatform(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want platform
+	if want.name, want.family, want.version, err = host.PlatformInformation(); err != nil || got != want {
+		t.Errorf("platform %+v, gopsutil has %+v, %v", got, want, err)
 	}
 }
 
