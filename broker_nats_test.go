@@ -83,6 +83,13 @@ func (s *natsServer) durable() BrokerConfig {
 func (s *natsServer) stop(t testing.TB) {
 	if s.gate != nil {
 		s.gate.open.Store(false)
+		// What the server has confirmed to a worker and not passed on yet would die with it, and no worker could know.
+		s.gate.cut()
+		for _, nc := range s.collectors {
+			if err := nc.FlushTimeout(5 * time.Second); err != nil && !nc.IsClosed() { // as after the test
+				t.Errorf("collector before the server is killed: %v", err)
+			}
+		}
 	}
 	s.cmd.Process.Kill()
 	<-s.gone

@@ -59,6 +59,10 @@ var sharedRabbit struct {
 type rabbitTestServer struct {
 	*rabbitNode
 	vhost string
+
+	publishing sync.Mutex       // guards what follows
+	manager    *amqp.Connection // publish's own; nil: it has none now
+	channel    *amqp.Channel
 }
 
 func startRabbitMQ(t testing.TB) testServer { return newRabbitVHost(t) }
@@ -87,7 +91,8 @@ func newRabbitVHost(t testing.TB) *rabbitTestServer {
 	if node.vhosts > 0 && node.vhosts%rabbitVHosts == 0 {
 		node.ctl(t, "import_definitions", node.define(t, node.vhosts))
 	}
-	s := &rabbitTestServer{node, fmt.Sprintf("v%d", node.vhosts)}
+	s := &rabbitTestServer{rabbitNode: node, vhost: fmt.Sprintf("v%d", node.vhosts)}
+	t.Cleanup(s.forgetManager)
 	node.vhosts++
 	return s
 }
@@ -273,20 +278,46 @@ func (s *rabbitTestServer) publish(t testing.TB, subject, data string) {
 	t.Helper()
 	job := strings.Contains(subject, ".") && !strings.HasSuffix(subject, ".restart") && !strings.HasSuffix(subject, ".shutdown") &&
 		!strings.HasSuffix(subject, "_worker") && !strings.HasSuffix(subject, "_listen")
+	s.publishing.Lock()
+	defer s.publishing.Unlock()
 	waitFor(t, 60*time.Second, func() string {
-		if err := s.publishTo("jobs", subject, data, job); err != nil {
+		var err error
+		if s.manager == nil {
+			if s.manager, s.channel, err = s.dial(); err != nil {
+				return err.Error()
+			}
+		}
+		if err = publishOn(s.channel, "jobs", subject, data, job); err != nil {
+			s.manager.Close()
+			s.manager = nil
 			return err.Error()
 		}
 		return ""
 	})
 }
 
+// forgetManager closes publish's connection; the next one opens another.
+func (s *rabbitTestServer) forgetManager() {
+	s.publishing.Lock()
+	defer s.publishing.Unlock()
+	if s.manager != nil {
+		s.manager.Close()
+		s.manager = nil
+	}
+}
+
+// publishTo publishes on a connection of its own.
 func (s *rabbitTestServer) publishTo(exchange, subject, data string, declare bool) error {
 	conn, channel, err := s.dial()
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
+	return publishOn(channel, exchange, subject, data, declare)
+}
+
+// publishOn returns when the broker has confirmed.
+func publishOn(channel *amqp.Channel, exchange, subject, data string, declare bool) error {
 	if exchange != "" {
 		if err := channel.ExchangeDeclare(exchange, "topic", true, false, false, false, nil); err != nil {
 			return err

@@ -682,6 +682,7 @@ func TestRedisSeveralServers(t *testing.T) {
 func redisClient(addr string) *redis.Client { return redis.NewClient(&redis.Options{Addr: addr}) }
 
 func TestRedisTLS(t *testing.T) {
+	t.Parallel() // it mostly waits
 	authority, other := newTestAuthority(t), newTestAuthority(t)
 	dir := t.TempDir()
 	file := func(name string) string { return filepath.Join(dir, name) }

@@ -562,6 +562,7 @@ func TestNewBrokerAway(t *testing.T) {
 
 // TestIdentityChanges changes what the subjects are made of, while a task runs that the broker holds.
 func TestIdentityChanges(t *testing.T) {
+	t.Parallel() // it mostly waits
 	for _, kind := range []brokerKind{brokerKinds[1], brokerKinds[4]} {
 		t.Run(kind.name, func(t *testing.T) {
 			server := kind.start(t)

@@ -322,6 +322,7 @@ func cutToPlaces(text string) string {
 // Templates put together at random, most of them nonsense: those that are taken must treat a hostile value as they
 // treat a harmless one, in every shell there is.
 func TestQuotePOSIXRandomTemplates(t *testing.T) {
+	t.Parallel() // it uses one processor, beside those that wait
 	pieces := []string{
 		"'", `"`, `\`, "$", "`", "(", ")", "{", "}", "$(", "$((", "))", "((", "${", "${b", ":-", "#", " ", " ", " ", "\n", ";", "|", "&&", "&", "\\\n", "<<E\n", "\nE\n",
 		"<<<", "<", ">", ">&", "2>", "&>", "case ", " in ", ";;", "esac", "[[ ", " ]]", "printf '%s\\000' ", "printf '%s\\000' ", ": ", "a=", "export c=", "d[", "]", "if ", "then ", "fi", "for e in ",
