@@ -174,7 +174,7 @@ func roleCommand(t testing.TB, args ...string) *command {
 	}
 	return &command{
 		argv:      append([]string{self, "test-role"}, args...),
-		env:       append(os.Environ(), "GORACE=atexit_sleep_ms=0"), // the race detector would hold each exit up
+		env:       os.Environ(),
 		killAfter: 5 * time.Second,
 	}
 }

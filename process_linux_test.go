@@ -59,7 +59,7 @@ func TestEndStaleGroupsAfterKill(t *testing.T) {
 
 // Whoever calls is spared, although it carries the task's id itself: it may be run by that very task.
 func TestEndStaleGroupsSparesItself(t *testing.T) {
-	cmd := cliCommand(t, []string{"JOB_ITEM_TASK_ID=stale-self", "JOB_ITEM_TEST_MAIN=", "GORACE=atexit_sleep_ms=0"},
+	cmd := cliCommand(t, []string{"JOB_ITEM_TASK_ID=stale-self", "JOB_ITEM_TEST_MAIN="},
 		"-test.run=^TestSelfStale$", "-test.count=1")
 	out, err := cmd.CombinedOutput()
 	if err != nil || !bytes.Contains(out, []byte("PASS")) {
@@ -196,7 +196,7 @@ func roleWithoutShell([]string) int {
 }
 
 func TestRunWithoutShell(t *testing.T) {
-	cmd := cliCommand(t, []string{"PATH=/nowhere", "GORACE=atexit_sleep_ms=0"}, "test-role", "without-shell")
+	cmd := cliCommand(t, []string{"PATH=/nowhere"}, "test-role", "without-shell")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS}
 	if uid := os.Getuid(); uid != 0 {
 		cmd.SysProcAttr.Cloneflags |= syscall.CLONE_NEWUSER

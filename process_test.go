@@ -76,7 +76,7 @@ func roleFamily([]string) int {
 func startWorkerRole(t *testing.T, taskIDs ...string) (worker *exec.Cmd, leaders []processIdentity, others []int) {
 	t.Helper()
 	args := append([]string{"test-role", "run-commands"}, taskIDs...)
-	worker = cliCommand(t, []string{"GORACE=atexit_sleep_ms=0"}, args...)
+	worker = cliCommand(t, nil, args...)
 	out, err := worker.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
