@@ -16,6 +16,7 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
+	"runtime"
 	"runtime/debug"
 	"strings"
 	"sync"
@@ -50,6 +51,10 @@ func runSave(ctx context.Context, inv *invocation) int {
 	}
 	// It stands in pipes of small hosts, and its garbage is the same few buffers: collecting it early costs little.
 	debug.SetGCPercent(saveGCPercent)
+	// Reading, copying and sending are so little work each that with two processors they mostly wake one another up.
+	if os.Getenv("GOMAXPROCS") == "" {
+		runtime.GOMAXPROCS(1)
+	}
 	s := newSaver(target, inv)
 	if len(inv.args) > 0 {
 		return s.saveCommand(ctx)
