@@ -399,13 +399,15 @@ func (s *configSource) managerFailed(err error) {
 	s.log.Warn("starting with the manager's last answer", "received", at.Format(time.RFC3339))
 }
 
+// linePlace is the place in the file that a warning begins with.
+var linePlace = regexp.MustCompile(`^.*?:\d+: `)
+
 // warn logs the warnings of one origin that it did not give the time before; that one stands in another line by now is
 // nothing new.
 func (s *configSource) warn(origin string, warnings []string) {
-	place := regexp.MustCompile(`^.*?:\d+: `) // in the file
 	var given []string
 	for _, warning := range warnings {
-		text := place.ReplaceAllString(warning, "")
+		text := linePlace.ReplaceAllString(warning, "")
 		if !slices.Contains(s.warned[origin], text) {
 			s.log.Warn("configuration", "err", warning)
 		}
