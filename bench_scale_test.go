@@ -128,7 +128,7 @@ func idleUse(t *testing.T, pids []int, window time.Duration) map[int]time.Durati
 	for _, pid := range pids {
 		before[pid] = usedBy(t, []int{pid})
 	}
-	time.Sleep(window)
+	time.Sleep(window) // what is used in it is what is measured
 	use := map[int]time.Duration{}
 	for _, pid := range pids {
 		use[pid] = usedBy(t, []int{pid}).since(before[pid]).all()

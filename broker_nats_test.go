@@ -432,7 +432,7 @@ func TestNATSDurableRedelivers(t *testing.T) {
 
 	// The claim outlives its time while the worker lives.
 	second.Consume("P.job", freeSlots(1), two.take)
-	time.Sleep(3 * second.ackWait)
+	time.Sleep(3 * second.ackWait) // nothing is to happen
 	if n := len(two.all()); n != 0 {
 		t.Fatalf("%d deliveries of a task that another worker holds", n)
 	}
@@ -556,7 +556,7 @@ func TestNATSDurablePullsForFreeSlots(t *testing.T) {
 		consumer.Wake()
 		settled += now
 		k.wait(t, settled)
-		time.Sleep(20 * time.Millisecond)
+		time.Sleep(20 * time.Millisecond) // one too many would come by now
 		all := k.all()
 		if len(all) != settled {
 			t.Fatalf("%d deliveries with %d free slots; want %d in all", len(all), now, settled)
@@ -635,7 +635,7 @@ func TestNATSLate(t *testing.T) {
 	consumer := next.Consume("P.job", Slots{Limit: atMost(2), Free: func() int { return int(free.Load()) }}, k.take)
 	<-consumer.Ready()
 	s.publish(t, "P.job", "since")
-	time.Sleep(2 * natsLateAge)
+	time.Sleep(2 * natsLateAge) // both are to be old enough to be called late
 	free.Store(2)
 	consumer.Wake()
 	for _, d := range k.wait(t, 2) {
@@ -919,7 +919,7 @@ func TestNATSPublishThroughCrashes(t *testing.T) {
 			}
 			sent, err := b.Publish(ctx, batch...)
 			if n += sent; err != nil {
-				time.Sleep(time.Millisecond)
+				time.Sleep(time.Millisecond) // the server is away
 			}
 		}
 		ended <- n

@@ -311,7 +311,7 @@ func TestRabbitMQFetchesBesidesASubscription(t *testing.T) {
 		c.Wake()
 		second := sink.await(t, 1)
 		ackAll(t, first)
-		time.Sleep(2 * rabbitFullPause)
+		time.Sleep(2 * rabbitFullPause) // nothing is to be taken
 		if n := queueLength(t, server, queue); n != 2 && queue == "p1.plain" {
 			t.Errorf("%d are ready while the slot is taken; want 2", n)
 		}
@@ -388,7 +388,7 @@ func TestRabbitMQEndsASubscriptionThatOverfillsTheSlots(t *testing.T) {
 	})
 	ackAll(t, held)
 	c.Wake()
-	time.Sleep(2 * rabbitFullPause)
+	time.Sleep(2 * rabbitFullPause) // nothing is to be taken
 	if n := queueLength(t, server, "p1.over"); n != 4 || sink.count() != 0 {
 		t.Errorf("%d are ready, %d were taken; want 4 and 0", n, sink.count())
 	}

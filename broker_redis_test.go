@@ -171,7 +171,7 @@ func (s *redisServer) collect(t testing.TB) *collector {
 			if m, ok := received.(*redis.Message); ok {
 				c.add(m.Channel, m.Payload)
 			} else if err != nil {
-				time.Sleep(10 * time.Millisecond)
+				time.Sleep(10 * time.Millisecond) // the server is away
 			}
 		}
 	}()
