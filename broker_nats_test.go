@@ -635,7 +635,7 @@ func TestNATSLate(t *testing.T) {
 	consumer := next.Consume("P.job", Slots{Limit: atMost(2), Free: func() int { return int(free.Load()) }}, k.take)
 	<-consumer.Ready()
 	s.publish(t, "P.job", "since")
-	time.Sleep(2 * natsLateAge) // both are to be old enough to be called late
+	time.Sleep(2 * natsLateAge) // both are old by then, but only one was there before
 	free.Store(2)
 	consumer.Wake()
 	for _, d := range k.wait(t, 2) {
