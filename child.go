@@ -185,6 +185,8 @@ func (p *workerProcess) run(ctx context.Context) error {
 	bus.subscribe(logEvents(p.log))
 	p.metrics = newMetrics(p.service, p.cfg)
 	bus.subscribe(p.metrics.handle)
+	processors := newProcessorLimit(os.LookupEnv)
+	bus.subscribe(processors.handle)
 	p.api = newAPIServer(apiConfigOf(p.cfg), p.service, bus, p.log)
 	p.api.serveMetrics(p.metrics)
 	served := make(chan error, 1)
@@ -207,6 +209,7 @@ func (p *workerProcess) run(ctx context.Context) error {
 			}
 			p.notify(p.aliveNotice())
 			garbage.adjust()
+			processors.adjust()
 		case failed = <-served:
 		case <-p.stop:
 		}

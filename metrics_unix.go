@@ -13,11 +13,17 @@ import (
 	"time"
 )
 
-func ownUse() (use processUse) {
+// cpuTime is the processor time that this process has used, without the commands that it has started.
+func cpuTime() time.Duration {
 	var spent syscall.Rusage
-	if syscall.Getrusage(syscall.RUSAGE_SELF, &spent) == nil {
-		use.cpu = time.Duration(spent.Utime.Nano() + spent.Stime.Nano())
+	if syscall.Getrusage(syscall.RUSAGE_SELF, &spent) != nil {
+		return 0
 	}
+	return time.Duration(spent.Utime.Nano() + spent.Stime.Nano())
+}
+
+func ownUse() (use processUse) {
+	use.cpu = cpuTime()
 	// Only Linux has it. See proc(5).
 	if statm, err := os.ReadFile("/proc/self/statm"); err == nil {
 		if pages := bytes.Fields(statm); len(pages) > 1 {

@@ -24,15 +24,25 @@ type memoryCounters struct {
 	pagefile, peakPagefile, privateUsage uintptr
 }
 
+// cpuTime is the processor time that this process has used.
+func cpuTime() time.Duration {
+	self, err := syscall.GetCurrentProcess()
+	if err != nil {
+		return 0
+	}
+	var created, exited, kernel, user syscall.Filetime
+	if syscall.GetProcessTimes(self, &created, &exited, &kernel, &user) != nil {
+		return 0
+	}
+	return spent(kernel) + spent(user)
+}
+
 func ownUse() (use processUse) {
 	self, err := syscall.GetCurrentProcess()
 	if err != nil {
 		return use
 	}
-	var created, exited, kernel, user syscall.Filetime
-	if syscall.GetProcessTimes(self, &created, &exited, &kernel, &user) == nil {
-		use.cpu = spent(kernel) + spent(user)
-	}
+	use.cpu = cpuTime()
 	memory := memoryCounters{size: uint32(unsafe.Sizeof(memoryCounters{}))}
 	if getProcessMemoryInfo.Find() == nil {
 		if ok, _, _ := getProcessMemoryInfo.Call(uintptr(self), uintptr(unsafe.Pointer(&memory)), uintptr(memory.size)); ok != 0 {

@@ -1,0 +1,77 @@
+package main
+
+// processors.go owns how many processors the worker's own code runs on at once.
+
+import (
+	"runtime"
+	"sync"
+	"time"
+)
+
+const (
+	// processorsPause is the least time between two looks at what the worker uses.
+	processorsPause = 250 * time.Millisecond
+
+	// A worker that uses less than lightUse of a processor gets one, and two again above busyUse. The second is the
+	// lower of the two, since the same work takes less of one: a third less where commands are dear to start.
+	lightUse = 0.5
+	busyUse  = 0.45
+)
+
+// A processorLimit lets a worker on a host of two processors use one of them while it has little to do. Its threads then
+// do not wake one another up for each step of a task, and do not start commands two at a time, which keeps them from
+// those that run. With a worker that works, because commands are short or many clients create tasks, the second one is
+// worth more than that costs.
+type processorLimit struct {
+	set  func(int)            // nil: there is nothing to choose, or the user has chosen
+	used func() time.Duration // processor time that this process has used
+	now  func() time.Time
+
+	mu   sync.Mutex
+	one  bool
+	at   time.Time // of the last look, and what was used until then
+	upTo time.Duration
+}
+
+func newProcessorLimit(lookupEnv func(string) (string, bool)) *processorLimit {
+	l := &processorLimit{used: cpuTime, now: time.Now}
+	// Only Linux starts commands from whatever thread, and hosts with more of them were not measured.
+	if chosen, _ := lookupEnv("GOMAXPROCS"); chosen == "" && runtime.GOOS == "linux" && runtime.NumCPU() == 2 {
+		l.set = func(n int) { runtime.GOMAXPROCS(n) }
+	}
+	l.at, l.upTo = l.now(), l.used()
+	return l
+}
+
+// handle looks when tasks come and end, so that a burst is noticed while it lasts; adjust is to be called now and then
+// for all else.
+func (l *processorLimit) handle(e event) {
+	switch e.(type) {
+	case taskQueued, taskFinished:
+		l.adjust()
+	}
+}
+
+// adjust follows what was used since the last look, if that is long enough ago.
+func (l *processorLimit) adjust() {
+	if l.set == nil || !l.mu.TryLock() {
+		return
+	}
+	defer l.mu.Unlock()
+	now := l.now()
+	past := now.Sub(l.at)
+	if past < processorsPause {
+		return
+	}
+	used := l.used()
+	use := float64(used-l.upTo) / float64(past)
+	l.at, l.upTo = now, used
+	switch {
+	case l.one && use > busyUse:
+		l.one = false
+		l.set(2)
+	case !l.one && use < lightUse:
+		l.one = true
+		l.set(1)
+	}
+}
