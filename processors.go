@@ -12,16 +12,16 @@ const (
 	// processorsPause is the least time between two looks at what the worker uses.
 	processorsPause = 250 * time.Millisecond
 
-	// A worker that uses less than lightUse of a processor gets one, and two again above busyUse. The second is the
-	// lower of the two, since the same work takes less of one: a third less where commands are dear to start.
+	// A worker on two processors that uses less than lightUse of one, all in all, is left with one; above busyUse it
+	// gets both again. That is the lower of the two, since the same work costs less on one: a third less where commands
+	// are dear to start.
 	lightUse = 0.5
 	busyUse  = 0.45
 )
 
 // A processorLimit lets a worker on a host of two processors use one of them while it has little to do. Its threads then
-// do not wake one another up for each step of a task, and do not start commands two at a time, which keeps them from
-// those that run. With a worker that works, because commands are short or many clients create tasks, the second one is
-// worth more than that costs.
+// do not wake one another up for each step of a task, and do not start two commands at a time, which slows down those that
+// run. Where commands are very short, or many clients create tasks, the second processor is worth more than that costs.
 type processorLimit struct {
 	set  func(int)            // nil: there is nothing to choose, or the user has chosen
 	used func() time.Duration // processor time that this process has used
@@ -35,7 +35,7 @@ type processorLimit struct {
 
 func newProcessorLimit(lookupEnv func(string) (string, bool)) *processorLimit {
 	l := &processorLimit{used: cpuTime, now: time.Now}
-	// Only Linux starts commands from whatever thread, and hosts with more of them were not measured.
+	// Only on Linux are commands started from whatever thread; and hosts with more processors were not measured.
 	if chosen, _ := lookupEnv("GOMAXPROCS"); chosen == "" && runtime.GOOS == "linux" && runtime.NumCPU() == 2 {
 		l.set = func(n int) { runtime.GOMAXPROCS(n) }
 	}
