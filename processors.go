@@ -27,10 +27,10 @@ type processorLimit struct {
 	used func() time.Duration // processor time that this process has used
 	now  func() time.Time
 
-	mu   sync.Mutex
-	one  bool
-	at   time.Time // of the last look, and what was used until then
-	upTo time.Duration
+	mu     sync.Mutex
+	one    bool
+	looked time.Time
+	spent  time.Duration // of processor time until then
 }
 
 func newProcessorLimit(lookupEnv func(string) (string, bool)) *processorLimit {
@@ -39,7 +39,7 @@ func newProcessorLimit(lookupEnv func(string) (string, bool)) *processorLimit {
 	if chosen, _ := lookupEnv("GOMAXPROCS"); chosen == "" && runtime.GOOS == "linux" && runtime.NumCPU() == 2 {
 		l.set = func(n int) { runtime.GOMAXPROCS(n) }
 	}
-	l.at, l.upTo = l.now(), l.used()
+	l.looked, l.spent = l.now(), l.used()
 	return l
 }
 
@@ -59,13 +59,13 @@ func (l *processorLimit) adjust() {
 	}
 	defer l.mu.Unlock()
 	now := l.now()
-	past := now.Sub(l.at)
+	past := now.Sub(l.looked)
 	if past < processorsPause {
 		return
 	}
 	used := l.used()
-	use := float64(used-l.upTo) / float64(past)
-	l.at, l.upTo = now, used
+	use := float64(used-l.spent) / float64(past)
+	l.looked, l.spent = now, used
 	switch {
 	case l.one && use > busyUse:
 		l.one = false
