@@ -393,6 +393,7 @@ func leastMemory(t testing.TB, pids []int) float64 {
 	return leastWithin(t, 1500*time.Millisecond, pids)
 }
 
+// leastWithin looks at it again and again for so long: what is given back is given back by and by.
 func leastWithin(t testing.TB, limit time.Duration, pids []int) float64 {
 	t.Helper()
 	least := math.Inf(1)
