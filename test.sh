@@ -9,6 +9,10 @@ PATH=$PATH:/usr/sbin:/sbin # where Debian puts servers
 FUZZTIME=${FUZZTIME:-3s}
 STATICCHECK=${STATICCHECK:-v0.7.0}
 
+# What is taken or installed below must be found, however short the path of whoever calls.
+PATH=$PATH:/usr/local/bin:/usr/sbin:/sbin
+export PATH
+
 say() { printf '== %s\n' "$*"; }
 
 # packages: whether Debian packages can be had here, with their list brought up to date once.
