@@ -4,14 +4,10 @@
 # installed where that is possible (Debian packages, as root) and is a failure where it is not.
 set -eu
 cd "$(dirname "$0")"
-PATH=$PATH:/usr/sbin:/sbin # where Debian puts servers
+PATH=$PATH:/usr/sbin:/sbin:/usr/local/bin # where Debian puts servers, and take what it takes
 
 FUZZTIME=${FUZZTIME:-3s}
 STATICCHECK=${STATICCHECK:-v0.7.0}
-
-# What is taken or installed below must be found, however short the path of whoever calls.
-PATH=$PATH:/usr/local/bin:/usr/sbin:/sbin
-export PATH
 
 say() { printf '== %s\n' "$*"; }
 
