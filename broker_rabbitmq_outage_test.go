@@ -35,7 +35,6 @@ func TestRabbitMQPublishGoesOnAfterTheExchangeWasDeleted(t *testing.T) {
 
 func TestRabbitMQDeliversUnsettledAgain(t *testing.T) {
 	server := newRabbitVHost(t)
-	// A new durable queue may be lost with a broker that is killed just after it has said that it is there; not an older one.
 	if _, err := server.raw(t).QueueDeclare("t1_finish", true, false, false, false, nil); err != nil {
 		t.Fatal(err)
 	}
