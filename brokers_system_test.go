@@ -144,6 +144,16 @@ jobs:
 			if last := got[len(got)-1]; last.data != status {
 				t.Errorf("%s gives %q", action, got)
 			}
+			// It gives no sign of life of what has ended, although it may still be asked for a moment.
+			kind.publish(t, server, "greet", "t-after-"+action, `{"name":"Ada"}`)
+			events.finish(t, "t-after-"+action) // the end of the other one is settled by now
+			before := countOf(events.of(id), "_listen.callback")
+			server.publish(t, id+"_listen", "?")
+			kind.publish(t, server, "greet", "t-later-"+action, `{"name":"Ada"}`)
+			events.finish(t, "t-later-"+action)
+			if n := countOf(events.of(id), "_listen.callback") - before; n != 0 {
+				t.Errorf("%d signs of life after %s", n, action)
+			}
 		}
 		if h := a.health(); h.Status != "ok" {
 			t.Errorf("health %+v", h)

@@ -17,6 +17,10 @@ const (
 	// listenSuffix makes the subject of a sign of life of a task's id.
 	listenSuffix = "_listen"
 
+	// hushPause is how long the subjects of a task that has ended may still be listened on, so that the broker is told of
+	// many at a time.
+	hushPause = 50 * time.Millisecond
+
 	// maxControlled bounds the waiting tasks whose control subjects are listened on, since very many may wait.
 	maxControlled = 10_000
 )
@@ -45,7 +49,7 @@ func (w *worker) control(t *task) {
 		if !wanted {
 			return
 		}
-		listening := w.listen(t, l)
+		listening := w.listen(t, l, func() bool { return w.knows(t) })
 		stop := func() {
 			listening.Stop()
 			w.mu.Lock()
@@ -64,12 +68,39 @@ func (w *worker) control(t *task) {
 	})
 }
 
-// listen listens on a task's control subjects on a link.
-func (w *worker) listen(t *task, l *brokerLink) Subscription {
+// knows reports whether a task is unfinished, or its end untold.
+func (w *worker) knows(t *task) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.known[t.id] == t
+}
+
+// hush ends the listening on the control subjects of a task that has ended, soon.
+func (w *worker) hush(uncontrol func()) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.hushed = append(w.hushed, uncontrol); len(w.hushed) > 1 {
+		return
+	}
+	time.AfterFunc(hushPause, func() {
+		w.mu.Lock()
+		hushed := w.hushed
+		w.hushed = nil
+		w.mu.Unlock()
+		for _, uncontrol := range hushed {
+			uncontrol()
+		}
+	})
+}
+
+// listen listens on a task's control subjects on a link. It gives signs of life as long as answers is true.
+func (w *worker) listen(t *task, l *brokerLink, answers func() bool) Subscription {
 	// The broker is never called with mu held: it has locks of its own, and calls us back.
 	orders := l.broker.Subscribe(t.id+"_worker", func(data []byte) { w.obey(t, data) })
 	looks := l.broker.Subscribe(t.id+listenSuffix, func([]byte) {
-		l.reporter.enqueue(t.id+listenSuffix+".callback", []byte("world"), "")
+		if answers() {
+			l.reporter.enqueue(t.id+listenSuffix+".callback", []byte("world"), "")
+		}
 	})
 	stopLooks := looks.Stop
 	looks.Stop = func() {
@@ -95,7 +126,7 @@ func (w *worker) linger(t *task) {
 	if l == nil || l.isLocal() {
 		return
 	}
-	w.listen(t, l).stopAfter(lingerLimit)
+	w.listen(t, l, func() bool { return true }).stopAfter(lingerLimit)
 }
 
 // obey does what a message on {task_id}_worker says.

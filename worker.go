@@ -52,7 +52,8 @@ type worker struct {
 	entering   map[string]*syncBatch // of them, those that the disk still makes sure of
 	mostKnown  int                   // for shrunk
 	perEvent   map[string]int        // how many of them a job has, and of those whose holder is looked for
-	controlled int                   // of them, those whose control subjects are listened on
+	controlled int                   // those whose control subjects are listened on
+	hushed     []func()              // end the listening for those of them that have ended
 	link       *brokerLink           // in use
 	pending    *brokerLink           // to be used once it is connected; nil: none
 	links      []*brokerLink         // these and those that were replaced and are still needed
@@ -363,7 +364,7 @@ func (w *worker) forget(id string) *task {
 	}
 	w.mu.Unlock()
 	if uncontrol != nil {
-		uncontrol()
+		w.hush(uncontrol)
 	}
 	if released {
 		w.release(t.event)
