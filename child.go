@@ -300,6 +300,7 @@ func (p *workerProcess) configure(ctx context.Context, bus *eventBus) {
 		p.api.serveHardware(reports)
 		go func() { // ends with ctx
 			defer working.Done()
+			w.awaitReady(ctx, hardwarePatience)
 			reports.run(ctx)
 		}()
 		go func() { // ends when the worker is open, at the latest with ctx

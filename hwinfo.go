@@ -25,8 +25,10 @@ const (
 	hostReport      = 5 * time.Minute
 	hardwareHistory = int(time.Hour / hardwareSample) // samples kept
 
-	hardwareRetry = time.Second     // until a broker that is connected has the first report
-	hardwareLimit = 5 * time.Second // for publishing
+	hardwarePatience = 500 * time.Millisecond // for the worker to be ready before the host is looked at
+	hardwareAnswer   = time.Second            // for whoever asks before that
+	hardwareRetry    = time.Second            // until a broker that is connected has the first report
+	hardwareLimit    = 5 * time.Second        // for publishing
 )
 
 // hostID is the host's own identity, which {task_id}_who gives; empty where the system has none.
@@ -60,6 +62,8 @@ type hardware struct {
 	perReport cpuMeter
 	traffic   trafficMeter
 	told      Broker // has had its first report; nil: none
+
+	looked chan struct{} // closed once all parts have been asked for
 
 	mu      sync.Mutex // guards what follows
 	latest  hardwareView
@@ -117,15 +121,16 @@ func newHardware(dataDir string, connection func() (Broker, string), connected <
 	return &hardware{
 		log: log, dataDir: dataDir, connection: connection, connected: connected,
 		partitions: ownPartitions, usage: folderUsage, patience: inquiryLimit,
-		inquiries: map[string]*inquiry{}, disks: map[string]*inquiry{},
+		inquiries: map[string]*inquiry{}, disks: map[string]*inquiry{}, looked: make(chan struct{}),
 	}
 }
 
-// run samples and reports until ctx ends.
+// run samples and reports until ctx ends. It may be called once.
 func (h *hardware) run(ctx context.Context) {
 	plan := newHardwarePlan(time.Now())
 	h.readHost(ctx)
 	h.sample(ctx)
+	close(h.looked)
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for measured := false; ; {

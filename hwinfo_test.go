@@ -457,8 +457,25 @@ func TestAPIHardware(t *testing.T) {
 	h, _ := testHardware(t, nil, nil)
 	a.api.serveHardware(h)
 	if got := a.call("GET", "/hardware", ""); got.status != 200 || !strings.Contains(got.body, `"history":[]`) {
-		t.Errorf("before the first sample: %+v", got)
+		t.Errorf("without a first sample: %+v", got)
 	}
+
+	// Whoever asks before the first sample gets that.
+	h, _ = testHardware(t, func() (Broker, string) { return nil, "" }, nil)
+	a.api.serveHardware(h)
+	answer := make(chan string, 1)
+	go func() { answer <- a.call("GET", "/hardware", "").body }() // ends with the answer
+	ctx, end := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	time.AfterFunc(hardwareAnswer/4, func() {
+		defer close(ended)
+		h.run(ctx)
+	})
+	if body := <-answer; !strings.Contains(body, `"hostname"`) {
+		t.Errorf("asked before the first sample: %s", body)
+	}
+	end()
+	<-ended
 }
 
 func BenchmarkHardwareSample(b *testing.B) {

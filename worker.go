@@ -141,6 +141,17 @@ func (w *worker) open(ctx context.Context) error {
 	}
 }
 
+// awaitReady returns when open has, at the latest after patience.
+func (w *worker) awaitReady(ctx context.Context, patience time.Duration) {
+	timer := time.NewTimer(patience)
+	defer timer.Stop()
+	select {
+	case <-w.ready:
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+}
+
 // openStores opens the journal, ends what a dead worker left running and takes up its unfinished tasks. While the journal
 // or the records cannot be opened it says why in the health and tries again, until ctx ends.
 func (w *worker) openStores(ctx context.Context) error {
