@@ -11,8 +11,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
-	"sync"
 	"testing"
 	"time"
 
@@ -198,36 +196,6 @@ func nextChange(t testing.TB, changed chan error, fits func(error) bool) error {
 
 func isConnected(err error) bool { return err == nil }
 func isAway(err error) bool      { return err != nil }
-
-// A taker is a consumer's handle that keeps what it gets.
-type taker struct {
-	mu  sync.Mutex
-	got []Delivery
-}
-
-func (k *taker) take(d Delivery) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.got = append(k.got, d)
-}
-
-func (k *taker) all() []Delivery {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	return slices.Clone(k.got)
-}
-
-// wait returns the deliveries when there are n.
-func (k *taker) wait(t testing.TB, n int) []Delivery {
-	t.Helper()
-	waitFor(t, 20*time.Second, func() string {
-		if got := len(k.all()); got < n {
-			return fmt.Sprintf("%d deliveries; want %d", got, n)
-		}
-		return ""
-	})
-	return k.all()
-}
 
 // waitListening waits until tasks on a subject are taken, and takes the one that was sent to find out.
 func waitListening(t testing.TB, b Broker, subject string, k *taker) {

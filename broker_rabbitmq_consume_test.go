@@ -72,7 +72,7 @@ func TestRabbitMQTakesNoMoreThanFits(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	var sink rabbitSink
+	var sink taker
 	var free atomic.Int32
 	free.Store(2)
 	// Of 5 that the job may have, other jobs leave room for 2.
@@ -80,7 +80,7 @@ func TestRabbitMQTakesNoMoreThanFits(t *testing.T) {
 		sink.take(d)
 		free.Add(-1)
 	})
-	first := sink.await(t, 2)
+	first := sink.remove(t, 2)
 	waitFor(t, 5*time.Second, func() string {
 		if n := queueLength(t, server, "p1.fit"); n != 8 {
 			return fmt.Sprintf("%d are ready; want 8", n)
@@ -89,7 +89,7 @@ func TestRabbitMQTakesNoMoreThanFits(t *testing.T) {
 	})
 	free.Store(100) // the limit is what counts
 	c.Wake()
-	more := sink.await(t, 3)
+	more := sink.remove(t, 3)
 	if n := queueLength(t, server, "p1.fit"); n != 5 {
 		t.Errorf("%d are ready; want 5", n)
 	}
@@ -100,9 +100,9 @@ func TestRabbitMQTakesNoMoreThanFits(t *testing.T) {
 	}
 	// One that is put back comes again, here or elsewhere.
 	first[0].Nack(errors.New("not now"))
-	again := sink.await(t, 1)
+	again := sink.remove(t, 1)
 	ackAll(t, append(append(first[1:], more...), again...))
-	rest := sink.await(t, 5)
+	rest := sink.remove(t, 5)
 	c.Stop()
 	ackAll(t, rest)
 	waitFor(t, 5*time.Second, func() string {
@@ -126,7 +126,7 @@ func TestRabbitMQFetchesBesidesASubscription(t *testing.T) {
 			t.Fatal(err)
 		}
 		b := connectedRabbit(t, server.config(t))
-		var sink rabbitSink
+		var sink taker
 		var free atomic.Int32
 		free.Store(1)
 		c := b.Consume(queue, Slots{Limit: atMost(3), Free: func() int { return int(free.Load()) }}, func(d Delivery) {
@@ -139,10 +139,10 @@ func TestRabbitMQFetchesBesidesASubscription(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		first := sink.await(t, 1)
+		first := sink.remove(t, 1)
 		free.Store(1)
 		c.Wake()
-		second := sink.await(t, 1)
+		second := sink.remove(t, 1)
 		ackAll(t, first)
 		time.Sleep(2 * rabbitFullPause) // nothing is to be taken
 		if n := queueLength(t, server, queue); n != 2 && queue == "p1.plain" {
@@ -151,7 +151,7 @@ func TestRabbitMQFetchesBesidesASubscription(t *testing.T) {
 		for range 2 {
 			free.Store(1)
 			c.Wake()
-			second = append(second, sink.await(t, 1)...)
+			second = append(second, sink.remove(t, 1)...)
 		}
 		c.Stop()
 		ackAll(t, second)
@@ -167,7 +167,7 @@ func TestRabbitMQFetchesBesidesASubscription(t *testing.T) {
 func TestRabbitMQPausesWhileOtherJobsHaveTheSlots(t *testing.T) {
 	server := newRabbitVHost(t)
 	b := connectedRabbit(t, server.config(t))
-	var sink rabbitSink
+	var sink taker
 	var free atomic.Int32
 	free.Store(3)
 	c := b.Consume("p1.busy", Slots{Limit: atMost(3), Free: func() int { return int(free.Load()) }}, sink.take)
@@ -185,12 +185,12 @@ func TestRabbitMQPausesWhileOtherJobsHaveTheSlots(t *testing.T) {
 	if err := server.publishTo("", "p1.busy", "x", false); err != nil {
 		t.Fatal(err)
 	}
-	if n := queueLength(t, server, "p1.busy"); n != 1 || sink.count() != 0 {
-		t.Errorf("%d are ready, %d were taken", n, sink.count())
+	if n := queueLength(t, server, "p1.busy"); n != 1 || len(sink.all()) != 0 {
+		t.Errorf("%d are ready, %d were taken", n, len(sink.all()))
 	}
 	free.Store(1)
 	c.Wake()
-	ackAll(t, sink.await(t, 1))
+	ackAll(t, sink.remove(t, 1))
 }
 
 // TestRabbitMQEndsASubscriptionThatOverfillsTheSlots has more of a job in the worker than there are slots, as when two
@@ -198,7 +198,7 @@ func TestRabbitMQPausesWhileOtherJobsHaveTheSlots(t *testing.T) {
 func TestRabbitMQEndsASubscriptionThatOverfillsTheSlots(t *testing.T) {
 	server := newRabbitVHost(t)
 	b := connectedRabbit(t, server.config(t))
-	var sink rabbitSink
+	var sink taker
 	var free atomic.Int32
 	free.Store(2)
 	c := b.Consume("p1.over", Slots{Limit: atMost(2), Free: func() int { return int(free.Load()) }}, sink.take)
@@ -209,7 +209,7 @@ func TestRabbitMQEndsASubscriptionThatOverfillsTheSlots(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	held := sink.await(t, 2)
+	held := sink.remove(t, 2)
 	free.Store(-2) // two of another job wait too
 	c.Wake()
 	waitFor(t, 5*time.Second, func() string {
@@ -222,19 +222,19 @@ func TestRabbitMQEndsASubscriptionThatOverfillsTheSlots(t *testing.T) {
 	ackAll(t, held)
 	c.Wake()
 	time.Sleep(2 * rabbitFullPause) // nothing is to be taken
-	if n := queueLength(t, server, "p1.over"); n != 4 || sink.count() != 0 {
-		t.Errorf("%d are ready, %d were taken; want 4 and 0", n, sink.count())
+	if n := queueLength(t, server, "p1.over"); n != 4 || len(sink.all()) != 0 {
+		t.Errorf("%d are ready, %d were taken; want 4 and 0", n, len(sink.all()))
 	}
 	free.Store(2)
 	c.Wake()
-	ackAll(t, sink.await(t, 2))
+	ackAll(t, sink.remove(t, 2))
 }
 
 func TestRabbitMQRefusedDeliveriesPause(t *testing.T) {
 	server := newRabbitVHost(t)
 	b := connectedRabbit(t, server.config(t))
 	var refused atomic.Int32
-	var sink rabbitSink
+	var sink taker
 	c := b.Consume("p1.refuse", slotsOf(1), func(d Delivery) {
 		if refused.Add(1) < 4 {
 			d.Nack(errors.New("journal not writable"))
@@ -246,7 +246,7 @@ func TestRabbitMQRefusedDeliveriesPause(t *testing.T) {
 	if err := server.publishTo("", "p1.refuse", "x", true); err != nil {
 		t.Fatal(err)
 	}
-	ackAll(t, sink.await(t, 1))
+	ackAll(t, sink.remove(t, 1))
 	if n := refused.Load(); n != 4 {
 		t.Errorf("handed out %d times; want 4", n)
 	}

@@ -38,13 +38,13 @@ func TestRabbitMQDeliversUnsettledAgain(t *testing.T) {
 	if _, err := server.raw(t).QueueDeclare("t1_finish", true, false, false, false, nil); err != nil {
 		t.Fatal(err)
 	}
-	var sink rabbitSink
+	var sink taker
 	first := connectedRabbit(t, server.config(t))
 	first.Consume("p1.again", slotsOf(4), sink.take)
 	if err := server.publishTo("", "p1.again", "x", true); err != nil {
 		t.Fatal(err)
 	}
-	stale := sink.await(t, 1)[0]
+	stale := sink.remove(t, 1)[0]
 	if err := first.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -54,7 +54,7 @@ func TestRabbitMQDeliversUnsettledAgain(t *testing.T) {
 	second, connected := openRabbitForTest(t, server.config(t), nil)
 	awaitRabbit(t, connected, true)
 	second.Consume("p1.again", slotsOf(4), sink.take)
-	d := sink.await(t, 1)[0]
+	d := sink.remove(t, 1)[0]
 	if string(d.Data) != "x" || d.Attempt != 0 {
 		t.Errorf("delivery = %q, attempt %d; want an unknown one", d.Data, d.Attempt)
 	}
@@ -82,7 +82,7 @@ func TestRabbitMQDeliversUnsettledAgain(t *testing.T) {
 	}
 	server.start(t)
 	awaitRabbit(t, connected, true)
-	ackAll(t, sink.await(t, 1))
+	ackAll(t, sink.remove(t, 1))
 	if n := queueLength(t, server, "t1_finish"); n != 1 {
 		t.Errorf("%d events survived; want 1", n)
 	}
@@ -91,7 +91,7 @@ func TestRabbitMQDeliversUnsettledAgain(t *testing.T) {
 func TestRabbitMQComesBackWhenTheQueueIsDeleted(t *testing.T) {
 	server := newRabbitVHost(t)
 	b := connectedRabbit(t, server.config(t))
-	var sink rabbitSink
+	var sink taker
 	defer b.Consume("p1.deleted", slotsOf(2), sink.take).Stop()
 	for range 2 {
 		awaitQueue(t, server, "p1.deleted")
@@ -103,7 +103,7 @@ func TestRabbitMQComesBackWhenTheQueueIsDeleted(t *testing.T) {
 	if err := server.publishTo("", "p1.deleted", "x", false); err != nil {
 		t.Fatal(err)
 	}
-	ackAll(t, sink.await(t, 1))
+	ackAll(t, sink.remove(t, 1))
 }
 
 func TestRabbitMQComesBackAfterTheAcknowledgementTimeout(t *testing.T) {
@@ -111,13 +111,13 @@ func TestRabbitMQComesBackAfterTheAcknowledgementTimeout(t *testing.T) {
 	// A channel reads these when it is opened.
 	server.ctl(t, "eval", "application:set_env(rabbit, consumer_timeout, 1000), application:set_env(rabbit, channel_tick_interval, 300).")
 	b := connectedRabbit(t, server.config(t))
-	var sink rabbitSink
+	var sink taker
 	defer b.Consume("p1.timeout", slotsOf(2), sink.take).Stop()
 	if err := server.publishTo("", "p1.timeout", "x", true); err != nil {
 		t.Fatal(err)
 	}
-	stale := sink.await(t, 1)[0]
-	d := sink.await(t, 1)[0]
+	stale := sink.remove(t, 1)[0]
+	d := sink.remove(t, 1)[0]
 	ackAll(t, []Delivery{d})
 	if err := stale.Ack(t.Context()); codeOf(err) != codeRabbitStale {
 		t.Errorf("Ack on a channel that is gone = %v", err)
@@ -131,7 +131,7 @@ func TestRabbitMQNoticesABrokerThatHangs(t *testing.T) {
 		b.proveEvery, b.proveWithin = 100*time.Millisecond, time.Second
 	})
 	awaitRabbit(t, connected, true)
-	var sink rabbitSink
+	var sink taker
 	b.Consume("p1.hang", slotsOf(2), sink.take)
 	awaitQueue(t, server, "p1.hang")
 	if err := syscall.Kill(server.beam(t), syscall.SIGSTOP); err != nil {
@@ -158,21 +158,21 @@ func TestRabbitMQNoticesABrokerThatHangs(t *testing.T) {
 	if err := server.publishTo("", "p1.hang", "x", true); err != nil {
 		t.Fatal(err)
 	}
-	ackAll(t, sink.await(t, 1))
+	ackAll(t, sink.remove(t, 1))
 }
 
 func TestRabbitMQAlarmHoldsEventsButNotTasks(t *testing.T) {
 	server := newRabbitVHost(t)
 	b, connected := openRabbitForTest(t, server.config(t), nil)
 	awaitRabbit(t, connected, true)
-	var sink rabbitSink
+	var sink taker
 	defer b.Consume("p1.alarm", slotsOf(1), sink.take).Stop()
 	for range 2 {
 		if err := server.publishTo("", "p1.alarm", "x", true); err != nil {
 			t.Fatal(err)
 		}
 	}
-	first := sink.await(t, 1)
+	first := sink.remove(t, 1)
 	server.ctl(t, "set_vm_memory_high_watermark", "absolute", "1")
 	restored := false
 	restore := func() {
@@ -193,7 +193,7 @@ func TestRabbitMQAlarmHoldsEventsButNotTasks(t *testing.T) {
 		return ""
 	})
 	ackAll(t, first) // tasks come and go meanwhile
-	ackAll(t, sink.await(t, 1))
+	ackAll(t, sink.remove(t, 1))
 	restore()
 	waitFor(t, 10*time.Second, func() string {
 		if sent, err := b.Publish(t.Context(), Message{Subject: "t_process"}); sent != 1 {
@@ -213,14 +213,14 @@ func TestRabbitMQCloseLeavesNothing(t *testing.T) {
 	before := runtime.NumGoroutine()
 	b, connected := openRabbitForTest(t, server.config(t), nil)
 	awaitRabbit(t, connected, true)
-	var sink rabbitSink
+	var sink taker
 	b.Consume("p1.close", slotsOf(2), sink.take)
 	b.Subscribe("t1_worker", func([]byte) {})
 	b.SubscribeAll("p1.restart", func([]byte) {})
 	if err := server.publishTo("", "p1.close", "x", true); err != nil {
 		t.Fatal(err)
 	}
-	sink.await(t, 1) // stays unsettled
+	sink.remove(t, 1) // stays unsettled
 	if err := syscall.Kill(server.beam(t), syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}

@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -56,40 +55,6 @@ func connectedRabbit(t testing.TB, config BrokerConfig) *rabbitBroker {
 	b, connected := openRabbitForTest(t, config, nil)
 	awaitRabbit(t, connected, true)
 	return b
-}
-
-// A rabbitSink takes deliveries and keeps them unsettled.
-type rabbitSink struct {
-	mu   sync.Mutex
-	held []Delivery
-}
-
-func (s *rabbitSink) take(d Delivery) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.held = append(s.held, d)
-}
-
-func (s *rabbitSink) count() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return len(s.held)
-}
-
-// await waits for n deliveries and takes them out.
-func (s *rabbitSink) await(t testing.TB, n int) []Delivery {
-	t.Helper()
-	waitFor(t, 20*time.Second, func() string {
-		if got := s.count(); got < n {
-			return fmt.Sprintf("%d deliveries of %d", got, n)
-		}
-		return ""
-	})
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	held := s.held
-	s.held = nil
-	return held
 }
 
 func slotsOf(n int) Slots { return Slots{Limit: atMost(n), Free: func() int { return n }} }
@@ -195,14 +160,14 @@ func TestRabbitMQUsesQueuesAsTheyAre(t *testing.T) {
 			t.Fatal(err)
 		}
 		b := connectedRabbit(t, server.config(t))
-		var sink rabbitSink
+		var sink taker
 		c := b.Consume(queue, slotsOf(2), sink.take)
 		if sent, err := b.Publish(t.Context(), Message{Subject: queue, Data: []byte("x"), Task: true}); sent != 1 {
 			t.Fatal(err)
 		}
-		d := sink.await(t, 1)[0]
+		d := sink.remove(t, 1)[0]
 		d.Nack(errors.New("again"))
-		d = sink.await(t, 1)[0]
+		d = sink.remove(t, 1)[0]
 		if want := map[string]int{"p1.ttl": 0, "p1.quorum": 2}[queue]; d.Attempt != want {
 			t.Errorf("%s: attempt = %d; want %d", queue, d.Attempt, want)
 		}
@@ -219,13 +184,13 @@ func TestRabbitMQWithoutConfigurePermission(t *testing.T) {
 	config := server.config(t)
 	config.User, config.Password = "reader", "se cret/%2f?#@:"
 	b := connectedRabbit(t, config)
-	var sink rabbitSink
+	var sink taker
 	c := b.Consume("p1.reader", slotsOf(2), sink.take)
 	none := b.Consume("p1.nowhere", slotsOf(2), sink.take)
 	if err := server.publishTo("", "p1.reader", "x", false); err != nil {
 		t.Fatal(err)
 	}
-	ackAll(t, sink.await(t, 1))
+	ackAll(t, sink.remove(t, 1))
 	c.Stop()
 	none.Stop()
 }
@@ -238,13 +203,13 @@ func TestRabbitMQUsesTheExchangeAsItIs(t *testing.T) {
 	config := server.config(t)
 	config.Exchange = "given"
 	b := connectedRabbit(t, config)
-	var sink rabbitSink
+	var sink taker
 	defer b.Consume("p1.ex", slotsOf(2), sink.take).Stop()
 	awaitQueue(t, server, "p1.ex")
 	if err := server.raw(t).Publish("given", "p1.ex", true, false, amqp.Publishing{Body: []byte("x")}); err != nil {
 		t.Fatal(err)
 	}
-	ackAll(t, sink.await(t, 1))
+	ackAll(t, sink.remove(t, 1))
 }
 
 func TestRabbitMQSubscriptions(t *testing.T) {

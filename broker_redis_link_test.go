@@ -27,7 +27,7 @@ func TestRedisStoppedServerIsNoticed(t *testing.T) {
 		b := openRedisForTest(t, config, "w1", func(b *redisBroker) {
 			b.tripPause, b.tripLimit = 100*time.Millisecond, 500*time.Millisecond
 		})
-		k := newTaker("w1", 10)
+		k := newTaker(10)
 		consumer := k.consume(b, "p.job")
 		s.waitForReceivers(t, "p.job", 1)
 		s.cmd.Process.Signal(syscall.SIGSTOP)
@@ -43,7 +43,7 @@ func TestRedisStoppedServerIsNoticed(t *testing.T) {
 		s.cmd.Process.Signal(syscall.SIGCONT)
 		b.waitConnected(t)
 		s.publish(t, "p.job", taskJSON(fmt.Sprint("again-", config.Durable)))
-		k.waitFor(t, 1)
+		k.wait(t, 1)
 		consumer.Stop()
 		b.Close()
 	}
@@ -265,7 +265,7 @@ func TestRedisLeavesNoGoroutine(t *testing.T) {
 	before := runtime.NumGoroutine()
 	for range 5 {
 		b := openForTest(t, s.durable(), "p", "w1")
-		k := newTaker("w1", 5)
+		k := newTaker(5)
 		consumer := k.consume(b, "p.job")
 		b.Subscribe("x", func([]byte) {})
 		s.publish(t, "p.job", taskJSON("t"))

@@ -14,7 +14,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -211,18 +210,16 @@ func (b *brokerUnderTest) waitConnected(t testing.TB) {
 	}
 }
 
-// A redisTaker is a worker's side of a consumer: it notes what it was handed.
+// A redisTaker is a worker's side of a consumer: what it is handed takes its slots.
 type redisTaker struct {
-	name       string
-	mu         sync.Mutex
-	deliveries []Delivery
-	free       atomic.Int64
-	limit      int
-	refuse     atomic.Bool
+	taker
+	free   atomic.Int64
+	limit  int
+	refuse atomic.Bool
 }
 
-func newTaker(name string, limit int) *redisTaker {
-	k := &redisTaker{name: name, limit: limit}
+func newTaker(limit int) *redisTaker {
+	k := &redisTaker{limit: limit}
 	k.free.Store(int64(limit))
 	return k
 }
@@ -234,37 +231,18 @@ func (k *redisTaker) consume(b Broker, subject string) Consumer {
 			return
 		}
 		k.free.Add(-1)
-		k.mu.Lock()
-		defer k.mu.Unlock()
-		k.deliveries = append(k.deliveries, d)
+		k.take(d)
 	})
-}
-
-func (k *redisTaker) got() []Delivery {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	return slices.Clone(k.deliveries)
 }
 
 // ids lists the tasks in the order of their arrival.
 func (k *redisTaker) ids() []string {
 	var ids []string
-	for _, d := range k.got() {
+	for _, d := range k.all() {
 		m, _ := parseTaskMessage(d.Data)
 		ids = append(ids, m.TaskID)
 	}
 	return ids
-}
-
-func (k *redisTaker) waitFor(t testing.TB, n int) []Delivery {
-	t.Helper()
-	waitFor(t, 20*time.Second, func() string {
-		if got := len(k.got()); got < n {
-			return fmt.Sprintf("%s has %d deliveries, want %d", k.name, got, n)
-		}
-		return ""
-	})
-	return k.got()
 }
 
 func taskJSON(id string) string { return `{"task_id":"` + id + `","data":{"n":1}}` }

@@ -70,15 +70,13 @@ func TestRedisStreamShared(t *testing.T) {
 	var takers []*redisTaker
 	for i := range 3 {
 		b := openRedisForTest(t, s.durable(), fmt.Sprint("w", i), nil)
-		k := newTaker(fmt.Sprint("w", i), 5)
+		k := newTaker(5)
 		takers = append(takers, k)
 		consumer := b.Consume("p.job", Slots{Limit: atMost(5), Free: func() int { return int(k.free.Load()) }}, func(d Delivery) {
 			if !d.Held || d.Attempt != 1 || d.HeldFor != 0 {
 				t.Errorf("delivery = %+v", d)
 			}
-			k.mu.Lock()
-			k.deliveries = append(k.deliveries, d)
-			k.mu.Unlock()
+			k.take(d)
 			acknowledge(t, d)
 		})
 		defer consumer.Stop()
@@ -180,30 +178,30 @@ func TestRedisStreamFree(t *testing.T) {
 func TestRedisStreamWake(t *testing.T) {
 	s := newRedisServer(t)
 	b := openRedisForTest(t, s.durable(), "w1", nil)
-	idle, full := newTaker("idle", 1), newTaker("full", 1)
+	idle, full := newTaker(1), newTaker(1)
 	defer idle.consume(b, "p.idle").Stop()
 	consumer := full.consume(b, "p.full")
 	defer consumer.Stop()
 	s.waitForGroup(t, "p.full")
 	s.add(t, "p.full", taskJSON("x0"))
 	for i := range 20 {
-		acknowledged := full.waitFor(t, i+1)[i]
+		acknowledged := full.wait(t, i+1)[i]
 		s.add(t, "p.full", taskJSON(fmt.Sprint("x", i+1)))
 		began := time.Now()
 		acknowledge(t, acknowledged)
 		full.free.Add(1)
 		consumer.Wake()
-		full.waitFor(t, i+2)
+		full.wait(t, i+2)
 		if took := time.Since(began); took > 2*time.Second {
 			t.Fatalf("room for a job was noticed after %v", took)
 		}
 	}
 	// And new jobs are read at once too.
-	late := newTaker("late", 1)
+	late := newTaker(1)
 	began := time.Now()
 	s.add(t, "p.late", taskJSON("l"))
 	c := late.consume(b, "p.late")
-	late.waitFor(t, 1)
+	late.wait(t, 1)
 	if took := time.Since(began); took > 2*time.Second {
 		t.Errorf("a new job was read after %v", took)
 	}
@@ -212,21 +210,21 @@ func TestRedisStreamWake(t *testing.T) {
 	if took := time.Since(began); took > 2*time.Second {
 		t.Errorf("stop took %v", took)
 	}
-	acknowledge(t, late.got()...) // after Stop
+	acknowledge(t, late.all()...) // after Stop
 	s.waitForStream(t, "p.late", 0, 0)
 }
 
 func TestRedisStreamTakenOver(t *testing.T) {
 	s := newRedisServer(t)
 	dead := openRedisForTest(t, s.durable(), "dead", quick)
-	k1 := newTaker("dead", 2)
+	k1 := newTaker(2)
 	k1.consume(dead, "p.job")
 	s.add(t, "p.job", taskJSON("a"))
 	s.add(t, "p.job", taskJSON("b"))
-	k1.waitFor(t, 2)
+	k1.wait(t, 2)
 
 	alive := openRedisForTest(t, s.durable(), "alive", quick)
-	k2 := newTaker("alive", 5)
+	k2 := newTaker(5)
 	defer k2.consume(alive, "p.job").Stop()
 	s.waitForReceivers(t, "p.job", 2)
 	time.Sleep(2 * time.Second) // longer than lostAfter: renewing keeps them
@@ -235,7 +233,7 @@ func TestRedisStreamTakenOver(t *testing.T) {
 	}
 	began := time.Now()
 	dead.Close() // as if it had crashed: nothing is settled
-	got := k2.waitFor(t, 2)
+	got := k2.wait(t, 2)
 	if took := time.Since(began); took < 500*time.Millisecond {
 		t.Errorf("taken over after %v", took)
 	}
@@ -250,20 +248,20 @@ func TestRedisStreamTakenOver(t *testing.T) {
 func TestRedisStreamSameIdentity(t *testing.T) {
 	s := newRedisServer(t)
 	first := openRedisForTest(t, s.durable(), "w1", nil)
-	k1 := newTaker("first", 3)
+	k1 := newTaker(3)
 	k1.consume(first, "p.job")
 	for i := range 5 {
 		s.add(t, "p.job", taskJSON(fmt.Sprint("t", i)))
 	}
-	k1.waitFor(t, 3)
+	k1.wait(t, 3)
 	first.Close()
 
 	second := openRedisForTest(t, s.durable(), "w1", nil)
-	k2 := newTaker("second", 2) // less room than it had
+	k2 := newTaker(2) // less room than it had
 	consumer := k2.consume(second, "p.job")
 	defer consumer.Stop()
 	began := time.Now()
-	got := k2.waitFor(t, 2)
+	got := k2.wait(t, 2)
 	if took := time.Since(began); took > 5*time.Second {
 		t.Errorf("own entries came after %v", took)
 	}
@@ -272,7 +270,7 @@ func TestRedisStreamSameIdentity(t *testing.T) {
 		t.Errorf("got %q, attempt %d; want the first two again", ids, got[0].Attempt)
 	}
 	for i := range 5 {
-		acknowledge(t, k2.waitFor(t, i+1)[i])
+		acknowledge(t, k2.wait(t, i+1)[i])
 		k2.free.Add(1)
 		consumer.Wake()
 	}
@@ -285,12 +283,12 @@ func TestRedisStreamSameIdentity(t *testing.T) {
 func TestRedisStreamNack(t *testing.T) {
 	s := newRedisServer(t)
 	one := openRedisForTest(t, s.durable(), "w1", nil) // with the usual times: nothing is lost for 30 s
-	k1 := newTaker("w1", 1)
+	k1 := newTaker(1)
 	consumer := k1.consume(one, "p.job")
 	s.add(t, "p.job", taskJSON("a"))
-	d := k1.waitFor(t, 1)[0]
+	d := k1.wait(t, 1)[0]
 	two := openRedisForTest(t, s.durable(), "w2", func(b *redisBroker) { b.lookPause = 100 * time.Millisecond })
-	k2 := newTaker("w2", 1)
+	k2 := newTaker(1)
 	defer k2.consume(two, "p.job").Stop()
 	consumer.Stop()
 	began := time.Now()
@@ -298,7 +296,7 @@ func TestRedisStreamNack(t *testing.T) {
 	if err := d.Ack(context.Background()); err != nil { // only the first counts
 		t.Error(err)
 	}
-	got := k2.waitFor(t, 1)
+	got := k2.wait(t, 1)
 	if took := time.Since(began); took > 5*time.Second {
 		t.Errorf("put back, it was taken after %v", took)
 	}
@@ -315,7 +313,7 @@ func TestRedisBothWays(t *testing.T) {
 	var takers []*redisTaker
 	for i := range 2 {
 		b := openRedisForTest(t, s.durable(), fmt.Sprint("w", i), quick)
-		k := newTaker(fmt.Sprint("w", i), 1000)
+		k := newTaker(1000)
 		takers = append(takers, k)
 		defer k.consume(b, "p.job").Stop()
 	}
@@ -353,17 +351,17 @@ func TestRedisBothWays(t *testing.T) {
 		t.Errorf("%d deliveries of %d tasks: %q", len(ids), n+1, ids)
 	}
 	for _, k := range takers {
-		acknowledge(t, k.got()...)
+		acknowledge(t, k.all()...)
 	}
 	s.waitForStream(t, "p.job", 0, 0)
 	// A late duplicate goes to whoever ran the task, which reports it again, over either way.
-	before := len(takers[0].got())
+	before := len(takers[0].all())
 	if before == 0 || takers[0].ids()[0] == "" {
 		t.Skip("the first worker had nothing")
 	}
-	again := string(takers[0].got()[0].Data)
+	again := string(takers[0].all()[0].Data)
 	s.publish(t, "p.job", again)
-	takers[0].waitFor(t, before+1)
+	takers[0].wait(t, before+1)
 	s.add(t, "p.job", again)
 	waitFor(t, 10*time.Second, func() string {
 		if n, _ := s.client.XLen(context.Background(), "p.job").Result(); n == 0 || s.pending(t, "p.job") == 1 {
@@ -377,18 +375,18 @@ func TestRedisBothWays(t *testing.T) {
 func TestRedisBothWaysOwnerDies(t *testing.T) {
 	s := newRedisServer(t)
 	dead := openRedisForTest(t, s.durable(), "dead", quick)
-	k1 := newTaker("dead", 1) // room for one of the two
+	k1 := newTaker(1) // room for one of the two
 	k1.consume(dead, "p.job")
 	s.waitForReceivers(t, "p.job", 1)
 	s.waitForGroup(t, "p.job")
 	s.add(t, "p.job", taskJSON("a"))
 	s.publish(t, "p.job", taskJSON("a"))
-	k1.waitFor(t, 1)
+	k1.wait(t, 1)
 	dead.Close()
 	alive := openRedisForTest(t, s.durable(), "alive", quick)
-	k2 := newTaker("alive", 5)
+	k2 := newTaker(5)
 	defer k2.consume(alive, "p.job").Stop()
-	acknowledge(t, k2.waitFor(t, 1)...)
+	acknowledge(t, k2.wait(t, 1)...)
 	s.waitForStream(t, "p.job", 0, 0)
 	if ids := k2.ids(); !slices.Equal(ids, []string{"a"}) {
 		t.Errorf("got %q", ids)
@@ -406,21 +404,21 @@ func TestRedisStreamClaimOfLostEntry(t *testing.T) {
 		t.Fatal(err)
 	}
 	b := openRedisForTest(t, s.durable(), "w1", nil)
-	k := newTaker("w1", 5)
+	k := newTaker(5)
 	defer k.consume(b, "p.job").Stop()
-	acknowledge(t, k.waitFor(t, 1)...)
+	acknowledge(t, k.wait(t, 1)...)
 	s.waitForStream(t, "p.job", 0, 0)
 }
 
 func TestRedisStreamGroupGone(t *testing.T) {
 	s := newRedisServer(t)
 	b := openRedisForTest(t, s.durable(), "w1", quick)
-	k := newTaker("w1", 50)
+	k := newTaker(50)
 	defer k.consume(b, "p.job").Stop()
 	for i := range 3 {
 		s.waitForGroup(t, "p.job")
 		s.add(t, "p.job", taskJSON(fmt.Sprint("a", i)))
-		d := k.waitFor(t, i+1)[i]
+		d := k.wait(t, i+1)[i]
 		if i == 0 {
 			s.client.FlushAll(context.Background())
 		} else {
@@ -430,12 +428,12 @@ func TestRedisStreamGroupGone(t *testing.T) {
 	}
 	// Something else in the place of one stream does not disturb the others.
 	s.client.Set(context.Background(), "p.wrong", "text", 0)
-	wrong := newTaker("w1", 1)
+	wrong := newTaker(1)
 	defer wrong.consume(b, "p.wrong").Stop()
-	before := len(k.got())
+	before := len(k.all())
 	s.waitForGroup(t, "p.job")
 	s.add(t, "p.job", taskJSON("last"))
-	k.waitFor(t, before+1)
+	k.wait(t, before+1)
 }
 
 // TestRedisStreamServerKilled kills the server again and again while tasks come and go.
@@ -447,12 +445,10 @@ func TestRedisStreamServerKilled(t *testing.T) {
 		b := openRedisForTest(t, s.durable(), fmt.Sprint("w", i), func(b *redisBroker) {
 			b.renewal, b.lookPause = time.Second, time.Second
 		})
-		k := newTaker(fmt.Sprint("w", i), 8)
+		k := newTaker(8)
 		takers = append(takers, k)
 		consumer := b.Consume("p.job", Slots{Limit: atMost(8), Free: func() int { return 8 }}, func(d Delivery) {
-			k.mu.Lock()
-			k.deliveries = append(k.deliveries, d)
-			k.mu.Unlock()
+			k.take(d)
 			go func() { // ends when it has been acknowledged, or not
 				time.Sleep(5 * time.Millisecond) // the work
 				d.Ack(context.Background())      // an error is mended by the broker
@@ -494,10 +490,10 @@ func TestRedisStreamServerKilled(t *testing.T) {
 func TestRedisAckWhileAway(t *testing.T) {
 	s := newRedisServer(t)
 	b := openRedisForTest(t, s.durable(), "w1", nil)
-	k := newTaker("w1", 1)
+	k := newTaker(1)
 	defer k.consume(b, "p.job").Stop()
 	s.add(t, "p.job", taskJSON("a"))
-	d := k.waitFor(t, 1)[0]
+	d := k.wait(t, 1)[0]
 	s.stop(t)
 	if err := d.Ack(context.Background()); codeOf(err) != codeRedisSettle {
 		t.Errorf("ack without a server = %v", err)
@@ -505,7 +501,7 @@ func TestRedisAckWhileAway(t *testing.T) {
 	s.start(t)
 	b.waitConnected(t)
 	s.waitForStream(t, "p.job", 0, 0)
-	if n := len(k.got()); n != 1 {
+	if n := len(k.all()); n != 1 {
 		t.Errorf("%d deliveries; want 1", n)
 	}
 }

@@ -47,7 +47,7 @@ func TestRedisPublish(t *testing.T) {
 	s = newRedisServer(t)
 	b = openForTest(t, s.config(), "p", "w1")
 	defer b.Close()
-	k := newTaker("w1", 10)
+	k := newTaker(10)
 	defer k.consume(b, "p.job").Stop()
 	s.waitForReceivers(t, "p.job", 1)
 	sent, err := b.Publish(context.Background(), Message{Subject: "p.job", Data: []byte(taskJSON("a")), Task: true},
@@ -55,7 +55,7 @@ func TestRedisPublish(t *testing.T) {
 	if sent != 1 || codeOf(err) != codeRedisNoWorker {
 		t.Errorf("publish of a task to nobody = %d, %v", sent, err)
 	}
-	if d := k.waitFor(t, 1)[0]; d.Held || string(d.Data) != taskJSON("a") || d.Subject != "p.job" {
+	if d := k.wait(t, 1)[0]; d.Held || string(d.Data) != taskJSON("a") || d.Subject != "p.job" {
 		t.Errorf("delivery = %+v", d)
 	}
 }
@@ -133,7 +133,7 @@ func TestRedisPlainClaims(t *testing.T) {
 	for i := range 3 {
 		b := openForTest(t, s.config(), "p", fmt.Sprint("w", i))
 		defer b.Close()
-		k := newTaker(fmt.Sprint("w", i), 1000)
+		k := newTaker(1000)
 		takers = append(takers, k)
 		defer k.consume(b, "p.job").Stop()
 	}
@@ -151,7 +151,7 @@ func TestRedisPlainClaims(t *testing.T) {
 	waitFor(t, 20*time.Second, func() string {
 		clear(seen)
 		for _, k := range takers {
-			for _, d := range k.got() {
+			for _, d := range k.all() {
 				seen[string(d.Data)]++
 			}
 		}
@@ -165,23 +165,23 @@ func TestRedisPlainClaims(t *testing.T) {
 			t.Errorf("%s was handled %d times", data, times)
 		}
 	}
-	for _, k := range takers {
-		t.Logf("%s took %d", k.name, len(k.got()))
+	for i, k := range takers {
+		t.Logf("w%d took %d", i, len(k.all()))
 	}
 	// A duplicate goes to the worker that has the task, and to nobody else.
-	before := len(takers[0].got())
+	before := len(takers[0].all())
 	if before == 0 {
 		t.Skip("the first worker won nothing")
 	}
-	s.publish(t, "p.job", string(takers[0].got()[0].Data))
-	takers[0].waitFor(t, before+1)
+	s.publish(t, "p.job", string(takers[0].all()[0].Data))
+	takers[0].wait(t, before+1)
 }
 
 func TestRedisPlainRefused(t *testing.T) {
 	s := newRedisServer(t)
 	b := openForTest(t, s.config(), "p", "w1")
 	defer b.Close()
-	k := newTaker("w1", 10)
+	k := newTaker(10)
 	k.refuse.Store(true)
 	consumer := k.consume(b, "p.job")
 	s.waitForReceivers(t, "p.job", 1)
@@ -193,18 +193,18 @@ func TestRedisPlainRefused(t *testing.T) {
 		return ""
 	})
 	k.refuse.Store(false)
-	k.waitFor(t, 1) // nobody else was there: it was offered here again
+	k.wait(t, 1) // nobody else was there: it was offered here again
 
 	other := openForTest(t, s.config(), "p", "w2")
 	defer other.Close()
-	k2 := newTaker("w2", 10)
+	k2 := newTaker(10)
 	k.refuse.Store(true)
 	defer k2.consume(other, "p.job").Stop()
 	s.waitForReceivers(t, "p.job", 2)
 	for i := range 50 {
 		s.publish(t, "p.job", taskJSON(fmt.Sprint("both", i)))
 	}
-	k2.waitFor(t, 50)
+	k2.wait(t, 50)
 	consumer.Stop()
 	s.waitForReceivers(t, "p.job", 1)
 }
@@ -214,7 +214,7 @@ func TestRedisClaimAcrossOutage(t *testing.T) {
 	s := newRedisServer(t)
 	b := openForTest(t, s.config(), "p", "w1")
 	defer b.Close()
-	k := newTaker("w1", 10)
+	k := newTaker(10)
 	k.consume(b, "p.job")
 	s.waitForReceivers(t, "p.job", 1)
 	inner := b.Broker.(*redisBroker)
@@ -236,7 +236,7 @@ func TestRedisClaimAcrossOutage(t *testing.T) {
 	inner.mu.Unlock()
 	rouse(inner.offered)
 	s.start(t)
-	k.waitFor(t, 1)
+	k.wait(t, 1)
 }
 
 func BenchmarkRedis(b *testing.B) {

@@ -181,3 +181,44 @@ func waitForPort(t testing.TB, addr string) {
 
 // atMost is a limit that does not change.
 func atMost(n int) func() int { return func() int { return n } }
+
+// A taker is a consumer's handle that keeps what it gets, unsettled.
+type taker struct {
+	mu  sync.Mutex
+	got []Delivery
+}
+
+func (k *taker) take(d Delivery) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.got = append(k.got, d)
+}
+
+func (k *taker) all() []Delivery {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return slices.Clone(k.got)
+}
+
+// wait returns the deliveries when there are n.
+func (k *taker) wait(t testing.TB, n int) []Delivery {
+	t.Helper()
+	waitFor(t, 20*time.Second, func() string {
+		if got := len(k.all()); got < n {
+			return fmt.Sprintf("%d deliveries; want %d", got, n)
+		}
+		return ""
+	})
+	return k.all()
+}
+
+// remove waits for n deliveries and takes them out, with all others.
+func (k *taker) remove(t testing.TB, n int) []Delivery {
+	t.Helper()
+	k.wait(t, n)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	got := k.got
+	k.got = nil
+	return got
+}
