@@ -52,8 +52,8 @@ type worker struct {
 	entering   map[string]*syncBatch // of them, those that the disk still makes sure of
 	mostKnown  int                   // for shrunk
 	perEvent   map[string]int        // how many of them a job has, and of those whose holder is looked for
-	controlled int                   // those whose control subjects are listened on
-	hushed     []func()              // end the listening for those of them that have ended
+	controlled int                   // tasks whose control subjects are listened on
+	hushed     []func()              // end the listening for tasks that have ended lately
 	link       *brokerLink           // in use
 	pending    *brokerLink           // to be used once it is connected; nil: none
 	links      []*brokerLink         // these and those that were replaced and are still needed
