@@ -25,6 +25,9 @@ const (
 
 	// rabbitCloseLimit bounds the goodbye, which a broker that hangs never answers.
 	rabbitCloseLimit = 2 * time.Second
+
+	// rabbitLastWord is how long a server that takes nothing any more may need for saying why.
+	rabbitLastWord = 200 * time.Millisecond
 )
 
 // A rabbitConn is one connection, from the login to its end.
@@ -97,8 +100,8 @@ func (b *rabbitBroker) dial(ctx context.Context, addr, purpose string) (*rabbitC
 	return conn, nil
 }
 
-// A rabbitTransport keeps the first error of reading, which the library may lose to that of a write after it: with TLS
-// 1.3 it is there that a server asks for a client certificate.
+// A rabbitTransport keeps the first error of reading, which the library may lose to that of a write before or after it:
+// with TLS 1.3 it is there that a server asks for a client certificate.
 type rabbitTransport struct {
 	net.Conn
 	once   sync.Once
@@ -117,7 +120,20 @@ func (t *rabbitTransport) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// explain finds what an error of the library is due to, which may be about to arrive.
+// Write lets the reader hear the server's last word before it says that it failed, since the library closes the
+// connection then.
+func (t *rabbitTransport) Write(p []byte) (int, error) {
+	n, err := t.Conn.Write(p)
+	if err != nil {
+		select {
+		case <-t.failed:
+		case <-time.After(rabbitLastWord):
+		}
+	}
+	return n, err
+}
+
+// explain finds what an error of the library is due to.
 func (t *rabbitTransport) explain(err error) error {
 	var refused *amqp.Error
 	if errors.As(err, &refused) && (refused.Server || refused.Code == amqp.AccessRefused) {
@@ -126,7 +142,7 @@ func (t *rabbitTransport) explain(err error) error {
 	select {
 	case <-t.failed:
 		return t.err
-	case <-time.After(200 * time.Millisecond):
+	default:
 		return err
 	}
 }

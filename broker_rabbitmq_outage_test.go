@@ -7,9 +7,12 @@ package main
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
+	"net"
 	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -335,6 +338,47 @@ func TestRabbitMQSaysWhyThereIsNoConnection(t *testing.T) {
 			}
 		})
 	}
+}
+
+// The library closes a connection on which a write fails, perhaps before it has read what the server said last.
+func TestRabbitMQHearsTheLastWord(t *testing.T) {
+	transport := &rabbitTransport{failed: make(chan struct{}), Conn: &endedConn{written: make(chan struct{}), closed: make(chan struct{})}}
+	_, err := amqp.Open(transport, amqp.Config{SASL: []amqp.Authentication{&amqp.ExternalAuth{}}})
+	if err == nil {
+		t.Fatal("opened")
+	}
+	if err := transport.explain(err); !errors.Is(err, errLastWord) {
+		t.Errorf("error = %v", err)
+	}
+}
+
+var errLastWord = errors.New("certificate required")
+
+// An endedConn is one that its peer has ended with errLastWord, which is still on its way when a write fails.
+type endedConn struct {
+	net.Conn
+	writing, closing sync.Once
+	written, closed  chan struct{}
+}
+
+func (c *endedConn) Write([]byte) (int, error) {
+	c.writing.Do(func() { close(c.written) })
+	return 0, syscall.EPIPE
+}
+
+func (c *endedConn) Read([]byte) (int, error) {
+	<-c.written
+	select {
+	case <-c.closed:
+		return 0, net.ErrClosed
+	case <-time.After(20 * time.Millisecond): // its way
+		return 0, errLastWord
+	}
+}
+
+func (c *endedConn) Close() error {
+	c.closing.Do(func() { close(c.closed) })
+	return nil
 }
 
 // silentServer accepts connections and says nothing.
