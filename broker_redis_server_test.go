@@ -247,6 +247,16 @@ func (k *redisTaker) ids() []string {
 
 func taskJSON(id string) string { return `{"task_id":"` + id + `","data":{"n":1}}` }
 
+// info is a section of what the server says of itself.
+func (s *redisServer) info(t testing.TB, section string) string {
+	t.Helper()
+	text, err := s.client.Info(context.Background(), section).Result()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
+
 // waitForReceivers waits until so many connections listen on a channel.
 func (s *redisServer) waitForReceivers(t testing.TB, channel string, n int64) {
 	t.Helper()

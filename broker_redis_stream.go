@@ -110,19 +110,11 @@ func (r *redisReader) read() error {
 		r.looked = time.Now()
 	}
 	open := r.open()
-	var backlog, empty []*redisStream
-	for _, o := range open {
-		if o.stream.backlog {
-			backlog = append(backlog, o.stream)
-		} else {
-			empty = append(empty, o.stream)
-		}
-	}
 	switch {
-	case len(backlog) > 0:
+	case slices.ContainsFunc(open, func(o openStream) bool { return o.stream.backlog }):
 		return r.takeNew(firstToAsk(open))
-	case len(empty) > 0:
-		return r.block(empty)
+	case len(open) > 0:
+		return r.block(open)
 	}
 	select {
 	case <-r.broker.woken:
@@ -459,21 +451,25 @@ func parseRedisEntry(stream *redisStream, entry any) *redisEntry {
 	return e
 }
 
-// block waits until one of the streams, all read to their ends, has an entry, and takes it. It is interrupted when there
-// is room for a stream that it does not wait for, or no consumer for one that it does.
-func (r *redisReader) block(streams []*redisStream) error {
+// block waits until one of the streams, all read to their ends, has an entry, and takes it. Where there is room it asks
+// for two: what brings one was read to its end again. It is interrupted when there is room for a stream that it does not
+// wait for, or no consumer for one that it does.
+func (r *redisReader) block(open []openStream) error {
 	b := r.broker
 	wait := min(redisBlock, max(b.lookPause-time.Since(r.looked), time.Millisecond))
 	if r.clientID == 0 {
 		wait = min(wait, redisShortBlock)
 	}
-	args := &redis.XReadGroupArgs{Group: b.project, Consumer: b.identity, Count: 1, Block: wait}
+	args := &redis.XReadGroupArgs{Group: b.project, Consumer: b.identity, Count: 2, Block: wait}
 	awaited := map[*redisStream]bool{}
-	for _, stream := range streams {
-		args.Streams = append(args.Streams, stream.subject)
-		awaited[stream] = true
+	for _, o := range open {
+		args.Streams = append(args.Streams, o.stream.subject)
+		awaited[o.stream] = true
+		if o.room < 2*len(open) {
+			args.Count = 1
+		}
 	}
-	for range streams {
+	for range open {
 		args.Streams = append(args.Streams, ">")
 	}
 	type answer struct {
@@ -494,7 +490,7 @@ func (r *redisReader) block(streams []*redisStream) error {
 		}
 		select {
 		case a := <-answers:
-			return r.took(streams, a.read, a.err)
+			return r.took(open, int(args.Count), a.read, a.err)
 		case <-b.woken:
 			interrupt = r.clientID != 0 && !r.stillRight(awaited)
 		case <-again:
@@ -529,15 +525,15 @@ func (r *redisReader) interrupt() bool {
 }
 
 // took deals with what a wait has brought.
-func (r *redisReader) took(streams []*redisStream, read []redis.XStream, err error) error {
+func (r *redisReader) took(open []openStream, count int, read []redis.XStream, err error) error {
 	var refused redis.Error
 	switch {
 	case errors.Is(err, redis.Nil): // time is up, or it was interrupted
 		return nil
 	case errors.As(err, &refused) && !r.useless(err):
 		// It does not say which of them has gone.
-		for _, stream := range streams {
-			stream.grouped = false
+		for _, o := range open {
+			o.stream.grouped = false
 		}
 		if strings.Contains(err.Error(), "NOGROUP") || strings.HasPrefix(err.Error(), "UNBLOCKED") {
 			return nil
@@ -548,14 +544,15 @@ func (r *redisReader) took(streams []*redisStream, read []redis.XStream, err err
 	}
 	var entries []*redisEntry
 	for _, of := range read {
-		i := slices.IndexFunc(streams, func(stream *redisStream) bool { return stream.subject == of.Stream })
+		i := slices.IndexFunc(open, func(o openStream) bool { return o.stream.subject == of.Stream })
 		if i < 0 {
 			continue
 		}
-		streams[i].backlog = true // where there is one, there may be more
+		stream := open[i].stream
+		stream.backlog = len(of.Messages) == count
 		for _, m := range of.Messages {
 			data, _ := m.Values[redisField].(string)
-			entries = append(entries, &redisEntry{stream: streams[i], id: m.ID, data: data, attempt: 1})
+			entries = append(entries, &redisEntry{stream: stream, id: m.ID, data: data, attempt: 1})
 		}
 	}
 	return r.hand(entries)

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -107,6 +108,35 @@ func TestRedisStreamShared(t *testing.T) {
 		}
 	}
 	s.waitForStream(t, "p.job", 0, 0) // acknowledged is deleted
+}
+
+// An entry that comes to an idle worker is read by the wait that it ends, and the next thing is another wait.
+func TestRedisStreamIdle(t *testing.T) {
+	s := newRedisServer(t)
+	b := openRedisForTest(t, s.durable(), "w1", nil)
+	k := newTaker(5)
+	defer k.consume(b, "p.job").Stop()
+	waits := func() string {
+		return unless(strings.Contains(s.info(t, "clients"), "\nblocked_clients:1\r"), "nobody waits for an entry")
+	}
+	reads := func() (n int) {
+		_, stats, _ := strings.Cut(s.info(t, "commandstats"), "cmdstat_xreadgroup:calls=")
+		fmt.Sscan(strings.NewReplacer(",", " ").Replace(stats), &n)
+		return n
+	}
+	waitFor(t, 20*time.Second, waits)
+	before := reads()
+	const n = 5
+	for i := range n {
+		s.add(t, "p.job", taskJSON(fmt.Sprint("t", i)))
+		waitFor(t, 20*time.Second, func() string { return unless(len(k.ids()) == i+1, "not delivered") })
+		k.free.Add(1)
+		acknowledge(t, k.all()[i])
+		waitFor(t, 20*time.Second, waits)
+	}
+	if got := reads() - before; before == 0 || got < n || got > n+2 { // a wait may end by itself
+		t.Errorf("%d reads for %d entries, and %d before", got, n, before)
+	}
 }
 
 func TestRedisStreamFree(t *testing.T) {
