@@ -466,23 +466,24 @@ func (m *brokerManager) exchange(subject, id string) (sent, ended time.Time, out
 type localManager struct {
 	t     testing.TB
 	a     *agent
-	ended int // tasks, before those that are awaited
+	ended int    // tasks, before those that are awaited
+	last  string // the last of those
 }
 
 func (m *localManager) send(event, _ string, n int) {
 	m.t.Helper()
 	jobs := m.a.health().Jobs
 	m.ended = jobs["finish"] + jobs["running"]
-	m.a.createAll(m.t, event, n, 8)
+	m.a.createAll(m.t, event, n-1, 8)
+	m.last = m.a.create(event, benchData)
 }
 
-// await asks how many have ended. Each time costs what a quarter of a task does, so it asks for the first time after 10 ms
-// and then when a quarter of those that are left should have ended.
+// await follows the last task and only then asks what is left, since each time it asks costs about a quarter of a task.
 func (m *localManager) await(_ string, n int) (lost int) {
 	m.t.Helper()
-	began, left, heard := time.Now(), n, time.Now()
-	for pause := 10 * time.Millisecond; time.Since(heard) < benchPatience; {
-		time.Sleep(pause)
+	m.follow(m.last)
+	left, heard := n, time.Now()
+	for time.Since(heard) < benchPatience {
 		now := m.ended + n - m.a.health().Jobs["finish"]
 		if now <= 0 {
 			return 0
@@ -490,8 +491,7 @@ func (m *localManager) await(_ string, n int) (lost int) {
 		if now < left {
 			left, heard = now, time.Now()
 		}
-		each := time.Since(began) / time.Duration(max(n-left, 1))
-		pause = min(max(time.Duration(left)*each/4, time.Millisecond), time.Second)
+		time.Sleep(min(time.Millisecond+time.Since(heard)/10, 100*time.Millisecond))
 	}
 	return left
 }
@@ -499,7 +499,13 @@ func (m *localManager) await(_ string, n int) (lost int) {
 func (m *localManager) once(event, _ string) (triggered, ended time.Time, output string) {
 	m.t.Helper()
 	triggered = time.Now()
-	id := m.a.create(event, benchData)
+	output = m.follow(m.a.create(event, benchData))
+	return triggered, time.Now(), output
+}
+
+// follow waits for a task's end and gives what it printed.
+func (m *localManager) follow(id string) string {
+	m.t.Helper()
 	resp, err := http.Get(m.a.url + "/job/" + id + "/log?follow=true")
 	if err != nil {
 		m.t.Fatal(err)
@@ -509,7 +515,7 @@ func (m *localManager) once(event, _ string) (triggered, ended time.Time, output
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	return triggered, time.Now(), string(printed)
+	return string(printed)
 }
 
 func (m *localManager) trip(string) time.Duration {
