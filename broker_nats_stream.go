@@ -32,10 +32,6 @@ const (
 	natsFullPause = 25 * time.Millisecond
 	natsLessPause = 250 * time.Millisecond
 
-	// natsRefillPause is how long a slot that is free again goes without a request while others of its job wait at the
-	// server still: whoever has little to do tells of the task's end first.
-	natsRefillPause = 20 * time.Millisecond
-
 	// natsFewStreams may all look at the slots whenever a task has come. Of more, only the stream that it came through
 	// does, and the others natsFullPause later; and they leave their requests for natsLessPause in any case.
 	natsFewStreams = 16
@@ -76,7 +72,6 @@ type natsStream struct {
 	next      string    // subject of the requests for tasks
 	warned    bool
 	overSince time.Time // since when more is requested than there is room for, zero if it is not
-	lessSince time.Time // since when less is, but at least half, zero if it is not
 
 	mu        sync.Mutex // guards what follows
 	inbox     *natsInbox // nil: nothing is requested
@@ -254,23 +249,12 @@ func (c *natsStream) pull(l *natsLink) (pause time.Duration) {
 		return pause
 	}
 	c.overSince = time.Time{}
-	if room == requested {
-		c.lessSince = time.Time{}
-		return pause
-	}
-	if wait > 0 {
+	if room > requested && wait > 0 {
 		return wait
 	}
-	if 2*requested >= room {
-		if c.lessSince.IsZero() {
-			c.lessSince = now
-		}
-		if left := natsRefillPause - now.Sub(c.lessSince); left > 0 {
-			return min(left, pause)
-		}
+	if room > requested {
+		c.request(l, room-requested)
 	}
-	c.lessSince = time.Time{}
-	c.request(l, room-requested)
 	return pause
 }
 
