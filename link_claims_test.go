@@ -146,7 +146,7 @@ func TestBrokerBeforeIsLost(t *testing.T) {
 		for _, id := range ids {
 			waitFor(t, 20*time.Second, func() string {
 				if countOf(append(c.atFirst.of(id), c.atSecond.of(id)...), "_finish") == 0 {
-					return fmt.Sprintf("%s: no _finish of %s\n%s", name, id, c.w1.log)
+					return fmt.Sprintf("%s: no _finish of %s; w1 ran %q, w2 ran %q\n%s\n%s", name, id, c.w1.ran(), c.w2.ran(), c.w1.log, c.w2.log)
 				}
 				return ""
 			})
