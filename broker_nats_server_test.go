@@ -116,7 +116,7 @@ func (s *natsServer) start(t testing.TB) {
 func (s *natsServer) client(t testing.TB, options ...nats.Option) *nats.Conn {
 	t.Helper()
 	options = append([]nats.Option{
-		nats.MaxReconnects(-1), nats.ReconnectWait(5 * time.Millisecond), nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}),
+		nats.MaxReconnects(-1), nats.ReconnectWait(5 * time.Millisecond), nats.Timeout(20 * time.Second), nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}),
 	}, options...)
 	nc, err := nats.Connect("nats://"+s.addr, options...)
 	if err != nil {
@@ -136,6 +136,24 @@ func (s *natsServer) publish(t testing.TB, subject, data string) {
 	if err := nc.FlushTimeout(5 * time.Second); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// add puts a message into the stream that keeps its subject, and waits until it is there.
+func (s *natsServer) add(t testing.TB, subject, data string) {
+	t.Helper()
+	nc := s.client(t)
+	defer nc.Close()
+	js, err := nc.JetStream(nats.MaxWait(5 * time.Second))
+	if err != nil {
+		t.Fatal(err)
+	}
+	once := nats.MsgId(nats.NewInbox()) // however often it is sent
+	waitFor(t, 20*time.Second, func() string {
+		if _, err := js.Publish(subject, []byte(data), once); err != nil {
+			return fmt.Sprintf("publish %s: %v", subject, err)
+		}
+		return ""
+	})
 }
 
 func (s *natsServer) collect(t testing.TB) *collector {

@@ -54,9 +54,12 @@ func (k brokerKind) connection(s testServer) string {
 func (k brokerKind) publish(t testing.TB, s testServer, event, id, data string) {
 	t.Helper()
 	message := fmt.Sprintf(`{"task_id":%q,"data":%s,"action":"execute"}`, id, data)
-	if k.name == "redis-durable" {
+	switch k.name {
+	case "nats-durable":
+		s.(*natsServer).add(t, "p1."+event, message)
+	case "redis-durable":
 		s.(*redisServer).add(t, "p1."+event, message)
-	} else {
+	default:
 		s.publish(t, "p1."+event, message)
 	}
 }
