@@ -329,7 +329,7 @@ func TestCascadeExit(t *testing.T) {
 		a := newAgent(t, fmt.Sprintf(`
 drain_timeout: 20s
 jobs:
-  - {event: a, cmd: 'echo begun; sleep 0.5; echo {{task_id}} >> ran'}
+  - {event: a, cmd: 'until test -e go; do sleep 0.02; done; sleep 0.5; echo {{task_id}} >> ran'}
 execs:
   - {key: side, cmd: 'sleep 1000'}
   - {key: main, cmd: 'until test -e go; do sleep 0.02; done; exit %d', cascade_exit: true, attempt: 0}
