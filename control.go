@@ -82,7 +82,9 @@ func (w *worker) hush(uncontrol func()) {
 	if w.hushed = append(w.hushed, uncontrol); len(w.hushed) > 1 {
 		return
 	}
-	time.AfterFunc(hushPause, func() {
+	w.hushing.Add(1)
+	time.AfterFunc(hushPause, func() { // close waits for it
+		defer w.hushing.Done()
 		w.mu.Lock()
 		hushed := w.hushed
 		w.hushed = nil

@@ -9,7 +9,7 @@ import (
 
 // The broker is told of many tasks at a time that their subjects are listened on no more, and of each once.
 func TestEndedTasksAreHushedTogether(t *testing.T) {
-	w, _ := openWorkerForTest(t, t.TempDir(), "jobs: [{event: a, cmd: 'true'}]\n")
+	w, stop := openWorkerForTest(t, t.TempDir(), "jobs: [{event: a, cmd: 'true'}]\n")
 	hushed := make(chan time.Time, 10)
 	began := time.Now()
 	for range 3 {
@@ -26,5 +26,12 @@ func TestEndedTasksAreHushedTogether(t *testing.T) {
 	<-hushed
 	if n := len(hushed); n != 0 {
 		t.Errorf("%d hushed again", n)
+	}
+
+	ended := 0
+	w.hush(func() { ended++ })
+	stop()
+	if ended != 1 {
+		t.Error("closed before the listening has ended")
 	}
 }

@@ -86,6 +86,7 @@ func (w *worker) close(ctx context.Context) {
 		}()
 	}
 	closing.Wait()
+	w.hushing.Wait() // at most hushPause: no more tasks end
 	if w.journal == nil {
 		return
 	}

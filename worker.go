@@ -39,6 +39,7 @@ type worker struct {
 	draining   chan struct{}  // closed when drain begins
 	background sync.WaitGroup // what links do besides tasks, until drained
 	looking    sync.WaitGroup // for holders of tasks that were delivered again, until drained
+	hushing    sync.WaitGroup // the end of listening for tasks that have ended, until closed
 
 	opened    chan struct{} // closed once the journal is open and tells what is unfinished
 	ready     chan struct{} // closed once the broker has taken every subscription for the first time
