@@ -481,7 +481,7 @@ func (m *localManager) send(event, _ string, n int) {
 // await follows the last task and only then asks what is left, since each time it asks costs about a quarter of a task.
 func (m *localManager) await(_ string, n int) (lost int) {
 	m.t.Helper()
-	m.follow(m.last)
+	_, _ = m.follow(m.last) // where it does not end it is counted below
 	left, heard := n, time.Now()
 	for time.Since(heard) < benchPatience {
 		now := m.ended + n - m.a.health().Jobs["finish"]
@@ -491,7 +491,7 @@ func (m *localManager) await(_ string, n int) (lost int) {
 		if now < left {
 			left, heard = now, time.Now()
 		}
-		time.Sleep(min(time.Millisecond+time.Since(heard)/10, 100*time.Millisecond))
+		time.Sleep(min(time.Millisecond+time.Since(heard)/10, 100*time.Millisecond)) // before it is asked again
 	}
 	return left
 }
@@ -499,23 +499,28 @@ func (m *localManager) await(_ string, n int) (lost int) {
 func (m *localManager) once(event, _ string) (triggered, ended time.Time, output string) {
 	m.t.Helper()
 	triggered = time.Now()
-	output = m.follow(m.a.create(event, benchData))
+	output, err := m.follow(m.a.create(event, benchData))
+	if err != nil {
+		m.t.Fatal(err)
+	}
 	return triggered, time.Now(), output
 }
 
-// follow waits for a task's end and gives what it printed.
-func (m *localManager) follow(id string) string {
-	m.t.Helper()
-	resp, err := http.Get(m.a.url + "/job/" + id + "/log?follow=true")
+// follow waits for a task's end, but not for ever, and gives what it printed.
+func (m *localManager) follow(id string) (string, error) {
+	ctx, stop := context.WithTimeout(m.t.Context(), 10*benchPatience)
+	defer stop()
+	req, err := http.NewRequestWithContext(ctx, "GET", m.a.url+"/job/"+id+"/log?follow=true", nil)
 	if err != nil {
-		m.t.Fatal(err)
+		return "", err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return "", err
 	}
 	defer resp.Body.Close()
 	printed, err := io.ReadAll(resp.Body)
-	if err != nil {
-		m.t.Fatal(err)
-	}
-	return string(printed)
+	return string(printed), err
 }
 
 func (m *localManager) trip(string) time.Duration {
